@@ -1,0 +1,115 @@
+"""Our checkpoint files: what they say about themselves, and the networks inside.
+
+Next to the weights a checkpoint holds, under the key `var_exp`, plain data: the specs from
+which its networks are built, the scale schedule, the fingerprint of the tokenizer and the
+names of the classes. So a file alone is a complete generator, and loads with
+`weights_only=True`: nothing in it can run code.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from var_exp.spec import build
+from var_exp.tokenizer import VQVAE
+from var_exp.transformer import VAR
+
+FORMAT = 1
+KEY = "var_exp"
+
+
+class Networks(NamedTuple):
+    """What a checkpoint holds; `transformer` is None in one of the tokenizer stage.
+
+    info: stage, patch_nums, tokenizer_fingerprint, class_names, and what the training added.
+    """
+
+    tokenizer: VQVAE
+    transformer: VAR | None
+    info: dict[str, Any]
+
+
+def describe(stage: str, networks: dict[str, nn.Module], class_names: list[str]) -> dict:
+    """The plain data that a checkpoint carries about its networks."""
+    tokenizer = networks["tokenizer"]
+    return {
+        "format": FORMAT,
+        "stage": stage,
+        "networks": {name: network.spec for name, network in networks.items()},
+        "patch_nums": tokenizer.schedule.patch_nums,
+        "tokenizer_fingerprint": tokenizer.fingerprint(),
+        "class_names": class_names,
+    }
+
+
+def find_checkpoint(path: str | Path, stages: tuple[str, ...] = ("var", "tokenizer")) -> Path:
+    """The best checkpoint of a run folder (or of a stage's folder), or the file itself.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    folders = [path / stage for stage in stages] + [path]
+    for folder in folders:
+        for name in ("best.ckpt", "last.ckpt"):
+            if (folder / name).is_file():
+                return folder / name
+    raise ValueError(
+        f"checkpoint: no checkpoint at {str(path)!r}; expected a .ckpt file or a run folder with "
+        f"{' or '.join(f'{stage}/best.ckpt' for stage in stages)}"
+    )
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Load one of our checkpoints on the CPU, as plain data and tensors only.
+
+    Raises:
+        ValueError: the file is missing, damaged, holds code, or is not one of ours.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"checkpoint: there is no file {str(path)!r}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"checkpoint: {str(path)!r} is damaged or not a checkpoint ({reason})"
+        ) from None
+    if not isinstance(content, dict) or KEY not in content:
+        raise ValueError(
+            f"checkpoint: {str(path)!r} is not a checkpoint of var-exp; expected a file that "
+            f"`train.py` wrote"
+        )
+    return content
+
+
+def load_networks(path: str | Path, weights: str = "averaged") -> Networks:
+    """Build and fill the networks of a checkpoint, in evaluation mode, on the CPU.
+
+    Args:
+        path: a checkpoint file, or a run folder.
+        weights: "averaged" takes the moving average where the run kept one; "raw" the weights
+            themselves.
+
+    Raises:
+        ValueError: see `find_checkpoint` and `read_checkpoint`; or an unknown `weights`.
+    """
+    if weights not in ("averaged", "raw"):
+        raise ValueError(f"weights: expected 'averaged' or 'raw', got {weights!r}")
+    content = read_checkpoint(find_checkpoint(path))
+    info, state = content[KEY], content["state_dict"]
+    networks = {}
+    for name, spec in info["networks"].items():
+        prefixes = [f"averaged_{name}.", f"{name}."][weights == "raw" :]
+        prefix = next(p for p in prefixes if any(key.startswith(p) for key in state))
+        network = build(spec)
+        network.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        )
+        networks[name] = network.eval().requires_grad_(False)
+    return Networks(networks["tokenizer"], networks.get("transformer"), info)

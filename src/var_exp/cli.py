@@ -1,0 +1,110 @@
+"""The command line around Hydra: what a person sees when something is wrong, and at the end."""
+
+import difflib
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def launch(main: Callable[[], None], config_name: str) -> None:
+    """Run a `@hydra.main` function; where Hydra refuses an override, name the nearest key."""
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code == 1:
+            for hint in nearest_keys(config_name, sys.argv[1:]):
+                print(hint, file=sys.stderr)
+        raise
+
+
+def nearest_keys(config_name: str, arguments: list[str]) -> list[str]:
+    """For each override of a key that does not exist, a line with the nearest that does."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = compose(config_name, return_hydra_config=False)
+    known = set(_flatten(OmegaConf.to_container(config, resolve=False)))
+    known |= {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")} - {"."}
+    hints = []
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        if not equals or key.startswith(("+", "~", "-", "hydra")) or key in known:
+            continue
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        if near:
+            hints.append(f"{key!r} is not a key of {config_name}; the nearest is {near[0]!r}")
+    return hints
+
+
+def _flatten(tree: Mapping, prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in tree.items():
+        keys.append(prefix + name)
+        if isinstance(value, dict):
+            keys += _flatten(value, f"{prefix}{name}.")
+    return keys
+
+
+def report_errors(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], object]:
+    """Turn a user's mistake into one line and exit code 1, and leave no empty run folder.
+
+    Mistakes are ValueErrors, and arguments that a constructor does not know. The whole
+    traceback comes with HYDRA_FULL_ERROR=1.
+    """
+
+    @functools.wraps(function)
+    def wrapped(config: DictConfig) -> object:
+        try:
+            return function(config)
+        except (ValueError, HydraException, OmegaConfBaseException) as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            remove_if_unused(Path(config.run_dir))
+            sys.exit(f"error: {first_cause(error)}")
+
+    return wrapped
+
+
+def first_cause(error: BaseException) -> str:
+    """The message of the error that Hydra's wrapping hides, with the key where it happened."""
+    where = [line for line in str(error).splitlines() if line.startswith("full_key:")]
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join([*str(error).splitlines(), *(f"({line})" for line in where)])
+
+
+def remove_if_unused(run_dir: Path) -> None:
+    """Delete a run folder in which nothing but Hydra has written."""
+    if run_dir.is_dir() and all(
+        path.name == ".hydra" or path.suffix == ".log" for path in run_dir.iterdir()
+    ):
+        shutil.rmtree(run_dir)
+
+
+def point_latest(run_dir: Path) -> None:
+    """Make `latest`, beside the folders of experiments, point to this run."""
+    latest = run_dir.parent.parent / "latest"
+    beside = latest.with_name(f".latest.{os.getpid()}")
+    beside.symlink_to(os.path.relpath(run_dir, latest.parent), target_is_directory=True)
+    os.replace(beside, latest)
+
+
+def table(title: str, rows: Mapping[str, object]) -> str:
+    """A short two-column table for the end of a job."""
+    width = max(len(name) for name in rows)
+    lines = [title, "-" * max(len(title), width + 12)]
+    return "\n".join(lines + [f"{name:<{width}}  {_cell(value)}" for name, value in rows.items()])
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

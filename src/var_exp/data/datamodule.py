@@ -1,0 +1,138 @@
+"""From a source to loaders: the one LightningDataModule that both stages share.
+
+`plan` says how large and how many the batches of the coming stage are; the loaders are
+built when Lightning asks for them, from the trainer's rank and world size. One Lightning
+epoch is the whole stage, so the training loader has `num_batches` batches and is iterated
+once. Whatever is random about an item comes from (seed, epoch, index), so neither the
+number of workers nor an interruption changes it.
+"""
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from var_exp.data.sampler import GlobalBatchSampler
+from var_exp.data.source import Batch, ImageSource, RawImage, rng_for
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Serves a source's images as `Batch`es.
+
+    seed:           of the order of images and of their augmentation
+    num_workers:    processes that load ahead; 0 loads in the training process, which is
+                    fastest for small sets that live in memory
+    pin_memory:     page-locked batches, for faster copies to a GPU
+    val_batch_size: images per validation batch of one process
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        seed: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        val_batch_size: int = 64,
+    ):
+        super().__init__()
+        self.source = source
+        self.seed = seed
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.val_batch_size = val_batch_size
+        self.batch_size: int | None = None
+        self.num_batches: int | None = None
+        self.start_batch = 0
+
+    def plan(self, batch_size: int, num_batches: int) -> None:
+        """States the coming stage: its global batch size, and its length in batches."""
+        self.batch_size, self.num_batches, self.start_batch = batch_size, num_batches, 0
+
+    @property
+    def rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    def prepare_data(self) -> None:
+        self.source.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        self.source.setup()
+
+    def train_dataloader(self) -> DataLoader:
+        """`num_batches` global batches, less the `start_batch` that a resumed run has seen."""
+        assert self.batch_size is not None, "call plan(batch_size, num_batches) before training"
+        sampler = GlobalBatchSampler(
+            num_samples=len(self.source.train),
+            batch_size=self.batch_size,
+            num_batches=self.num_batches,
+            seed=self.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+            start_batch=self.start_batch,
+        )
+        return self._loader(TrainItems(self.source, self.seed), batch_sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        """The whole validation set in order, every world_size-th image from the rank-th."""
+        items = ValItems(self.source)
+        shard = Subset(items, range(self.rank, len(items), self.world_size))
+        return self._loader(shard, batch_size=self.val_batch_size, shuffle=False)
+
+    def _loader(self, items: Dataset, **options) -> DataLoader:
+        return DataLoader(
+            items,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.pin_memory,
+            collate_fn=collate,
+            **options,
+        )
+
+
+class TrainItems(Dataset):
+    """Augmented training images by (epoch, index)."""
+
+    def __init__(self, source: ImageSource, seed: int):
+        self.source, self.seed = source, seed
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int, int]]:
+        stride = len(self.source.train) if self.source.endless else 0
+        numbers = [epoch * stride + index for epoch, index in keys]
+        return [
+            (self.source.train_transform(image, rng_for(self.seed, *key)), label, number)
+            for (image, label), number, key in zip(
+                read(self.source.train, numbers), numbers, keys, strict=True
+            )
+        ]
+
+
+class ValItems(Dataset):
+    """Validation images, as they are, by index."""
+
+    def __init__(self, source: ImageSource):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source.val)
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int, int]]:
+        return [
+            (self.source.val_transform(image), label, index)
+            for (image, label), index in zip(read(self.source.val, indices), indices, strict=True)
+        ]
+
+
+def read(dataset: Dataset, indices: list[int]) -> list[tuple[RawImage, int]]:
+    """The raw items, all at once where the dataset is quicker that way."""
+    if hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(indices)
+    return [dataset[index] for index in indices]
+
+
+def collate(items: list[tuple[Tensor, int, int]]) -> Batch:
+    images, labels, indices = zip(*items, strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))

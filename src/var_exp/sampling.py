@@ -1,0 +1,227 @@
+"""Sampling: labels to images, scale by scale.
+
+VAR (arXiv 2404.02905, section 3.1) draws a whole token map at once, adds what its codes mean to
+f_hat, and reads f_hat resized as the input of the next scale; ten forward passes make an image.
+
+Randomness belongs to the sample, not to the batch: image i of seed s draws one uniform number
+for each token from a stream of (s, i), and turns it into a code by the inverse of the
+cumulative distribution. So an image does not depend on the batch it is drawn in.
+
+    B batch, K scales, n_k tokens of scale k, L tokens, V codes, D code dimension
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from var_exp.tokenizer import VQVAE
+from var_exp.transformer import VAR
+
+# Batches of many samples are multiples of this, which keeps a sample's arithmetic the same to
+# the last bit in batches of different size.
+ROWS = 8
+
+
+class Samples(NamedTuple):
+    """images: (B, C, H, W) in [0, 1]; indices: K tensors (B, n_k)."""
+
+    images: Tensor
+    indices: list[Tensor]
+
+
+@torch.inference_mode()
+def generate(
+    transformer: VAR,
+    tokenizer: VQVAE,
+    labels: Tensor | Sequence[int] | None,
+    *,
+    num_samples: int | None = None,
+    cfg_scale: float = 1.5,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    temperature: float = 1.0,
+    seed: int = 0,
+    sample_ids: Sequence[int] | None = None,
+    return_indices: bool = False,
+) -> Tensor | Samples:
+    """Draw one image for each label.
+
+    Args:
+        labels: (B,) classes in 0..num_classes - 1, or num_classes for no class; None draws
+            `num_samples` (one, unless given) without a class.
+        cfg_scale: guidance as published: at scale k (1-based) the logits are
+            (1 + t) cond - t uncond with t = cfg_scale (k - 1) / (K - 1); 0 is no guidance.
+        top_k: keep the k likeliest codes; 0 keeps all.
+        top_p: keep the likeliest codes up to this mass, in [0, 1]; 0 keeps all.
+        temperature: divides the guided logits, > 0.
+        seed, sample_ids: image i is a function of (seed, sample_ids[i]) and the label; the ids
+            are 0, 1, ... unless given.
+        return_indices: return `Samples` instead of images.
+
+    Returns:
+        Images (B, C, H, W) in [0, 1], or `Samples`.
+
+    Raises:
+        ValueError: an argument out of its range, or networks that do not fit each other.
+    """
+    check_settings(cfg_scale, top_k, top_p, temperature)
+    check_fit(transformer, tokenizer)
+    if labels is None:
+        labels = [transformer.num_classes] * (num_samples or 1)
+    labels = torch.as_tensor(labels, dtype=torch.int64)
+    labels = transformer.check_labels(labels, len(labels))
+    ids = range(len(labels)) if sample_ids is None else sample_ids
+    uniforms = torch.from_numpy(draw_uniforms(seed, ids, transformer.schedule.seq_len))
+    indices = []
+    for k, logits in guided_logits(transformer, tokenizer, labels, cfg_scale, indices):
+        kept = keep_likeliest(logits / temperature, top_k, top_p)  # (B, n_k, V)
+        u = uniforms[:, transformer.schedule.slices[k]].to(kept.device)  # (B, n_k)
+        indices.append(draw(kept, u))
+    images = tokenizer.decode(indices).add(1).div(2)
+    return Samples(images, indices) if return_indices else images
+
+
+def iterate_samples(
+    transformer: VAR,
+    tokenizer: VQVAE,
+    labels: Sequence[int],
+    *,
+    batch_size: int,
+    sample_ids: Sequence[int] | None = None,
+    **settings,
+) -> Iterator[tuple[list[int], Samples]]:
+    """Draw many samples, a batch at a time: yields (sample ids, samples).
+
+    Args:
+        labels: one class per sample.
+        batch_size: samples at once; whatever it is, a sample stays the same.
+        sample_ids: as in `generate`.
+        settings: the other arguments of `generate`.
+
+    Raises:
+        ValueError: no sample asked for, a batch size below 1, or as `generate`.
+    """
+    if not len(labels):
+        raise ValueError("sampling: expected at least 1 sample, got 0 (num_samples=...)")
+    if batch_size < 1:
+        raise ValueError(f"sampling: batch_size must be at least 1, got {batch_size}")
+    ids = list(range(len(labels)) if sample_ids is None else sample_ids)
+    rows = _round_up(min(batch_size, len(ids)))
+    for start in range(0, len(ids), rows):
+        chosen, classes = ids[start : start + rows], list(labels[start : start + rows])
+        # Kernels sum in another order for another number of rows, so a short batch is filled up.
+        missing = _round_up(len(chosen)) - len(chosen)
+        drawn = generate(
+            transformer,
+            tokenizer,
+            classes + classes[-1:] * missing,
+            sample_ids=chosen + chosen[-1:] * missing,
+            return_indices=True,
+            **settings,
+        )
+        n = len(chosen)
+        yield chosen, Samples(drawn.images[:n], [codes[:n] for codes in drawn.indices])
+
+
+def _round_up(rows: int) -> int:
+    return -(-rows // ROWS) * ROWS
+
+
+def guided_logits(
+    transformer: VAR,
+    tokenizer: VQVAE,
+    labels: Tensor,
+    cfg_scale: float,
+    indices: list[Tensor],
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (k, guided logits (B, n_k, V)) scale by scale.
+
+    The caller appends the codes (B, n_k) it has chosen for scale k to `indices` before it asks
+    for the next.
+    """
+    schedule, quantizer = transformer.schedule, tokenizer.quantizer
+    guided = cfg_scale != 0
+    rows = torch.cat((labels, torch.full_like(labels, transformer.num_classes)))
+    condition = transformer.condition(rows if guided else labels)
+    cache = transformer.make_cache(len(rows) if guided else len(labels))
+    f_hat, inputs = None, None
+    for k in range(schedule.num_scales):
+        logits = transformer.forward_scale(k, inputs, condition, cache)
+        yield k, guide(logits, guidance_weight(cfg_scale, k, schedule.num_scales), guided)
+        if k + 1 < schedule.num_scales:
+            part = quantizer.upsample_codes(indices[k], k)
+            f_hat = part if f_hat is None else f_hat + part  # (B, D, H, W)
+            inputs = quantizer.next_input(f_hat, k + 1)  # (B, n_k+1, D)
+            inputs = torch.cat((inputs, inputs)) if guided else inputs
+
+
+def guidance_weight(cfg_scale: float, k: int, num_scales: int) -> float:
+    """t at scale k (0-based): rises linearly from 0 to cfg_scale."""
+    return cfg_scale * k / (num_scales - 1) if num_scales > 1 else cfg_scale
+
+
+def guide(logits: Tensor, t: float, guided: bool) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598): (2B, n, V) with "no class" rows -> (B, n, V)."""
+    if not guided:
+        return logits
+    cond, uncond = logits.chunk(2)
+    return (1 + t) * cond - t * uncond
+
+
+def keep_likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set the logits (..., V) of codes outside top-k, then outside top-p, to -inf.
+
+    The code that crosses the mass top_p is kept (nucleus sampling, arXiv 1904.09751).
+    """
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if 0 < top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        mass = ordered.softmax(dim=-1)
+        outside = mass.cumsum(dim=-1) - mass >= top_p  # mass before this code
+        outside = torch.zeros_like(outside).scatter(-1, order, outside)
+        logits = logits.masked_fill(outside, -torch.inf)
+    return logits
+
+
+def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Codes by inverse transform: logits (B, n, V), uniforms in [0, 1) (B, n) -> (B, n) int64."""
+    mass = logits.softmax(dim=-1).cumsum(dim=-1)  # (B, n, V)
+    target = uniforms.to(mass.dtype).unsqueeze(-1) * mass[..., -1:]
+    codes = torch.searchsorted(mass, target, right=True).squeeze(-1)
+    # A uniform that float32 rounds up to 1 would point behind the last code.
+    last = logits.shape[-1] - 1 - (logits.flip(-1) > -torch.inf).int().argmax(dim=-1)
+    return torch.minimum(codes, last)
+
+
+def draw_uniforms(seed: int, sample_ids: Sequence[int], seq_len: int) -> np.ndarray:
+    """One uniform in [0, 1) per token, from a stream of its own for each sample: (B, L)."""
+    return np.stack([np.random.default_rng([seed, i]).random(seq_len) for i in sample_ids])
+
+
+def check_settings(cfg_scale: float, top_k: int, top_p: float, temperature: float) -> None:
+    """Raise ValueError for a sampling setting out of its range."""
+    for name, value, expected, ok in (
+        ("cfg_scale", cfg_scale, ">= 0 (0 is no guidance)", cfg_scale >= 0),
+        ("top_k", top_k, ">= 0 (0 keeps all codes)", top_k >= 0),
+        ("top_p", top_p, "in [0, 1] (0 keeps all codes)", 0 <= top_p <= 1),
+        ("temperature", temperature, "> 0", temperature > 0),
+    ):
+        if not ok:
+            raise ValueError(f"sampling: {name} must be {expected}, got {value} ({name}=...)")
+
+
+def check_fit(transformer: VAR, tokenizer: VQVAE) -> None:
+    """Raise ValueError unless the transformer speaks the tokenizer's language."""
+    quantizer = tokenizer.quantizer
+    for name in ("schedule", "vocab_size", "code_dim"):
+        ours, theirs = getattr(transformer, name), getattr(quantizer, name)
+        if ours != theirs:
+            raise ValueError(
+                f"the transformer and the tokenizer must have one {name}, got {ours} and "
+                f"{theirs}; use the tokenizer that the transformer was trained with"
+            )

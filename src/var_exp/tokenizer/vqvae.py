@@ -1,0 +1,110 @@
+"""The multi-scale VQ tokenizer: images to token maps and back.
+
+VAR (arXiv 2404.02905, section 3.2): a VQGAN autoencoder around the multi-scale residual
+quantizer. Frozen, it is the language in which the next-scale transformer reads and writes.
+
+    B batch, K scales, (h_k, w_k) sides of scale k, D code dimension, images (B, C, H, W) in [-1, 1]
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from var_exp.scales import ScaleSchedule
+from var_exp.spec import recorded
+from var_exp.tokenizer.autoencoder import Decoder, Encoder, conv3x3
+from var_exp.tokenizer.quantizer import MultiScaleQuantizer
+
+
+class Reconstruction(NamedTuple):
+    """images: (B, C, H, W), not clamped; indices: K tensors (B, h_k * w_k); loss: scalar."""
+
+    images: Tensor
+    indices: list[Tensor]
+    loss: Tensor
+
+
+@recorded
+class VQVAE(nn.Module):
+    """Encoder, multi-scale quantizer, decoder.
+
+    Args:
+        encoder, quantizer, decoder: the parts; their code dimensions must agree.
+
+    Raises:
+        ValueError: the parts disagree on the code dimension.
+    """
+
+    def __init__(self, encoder: Encoder, quantizer: MultiScaleQuantizer, decoder: Decoder):
+        super().__init__()
+        dims = encoder.conv_out.out_channels, quantizer.code_dim, decoder.conv_in.in_channels
+        if len(set(dims)) > 1:
+            raise ValueError(
+                f"tokenizer: encoder, quantizer and decoder must have one code_dim, got {dims} "
+                f"(tokenizer.*.code_dim)"
+            )
+        self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
+        self.quant_conv = conv3x3(quantizer.code_dim, quantizer.code_dim)
+        self.post_quant_conv = conv3x3(quantizer.code_dim, quantizer.code_dim)
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        return self.quantizer.schedule
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of the images that the schedule's last scale stands for, in pixels."""
+        h, w = self.schedule.latent_size
+        return h * self.encoder.stride, w * self.encoder.stride
+
+    @property
+    def channels(self) -> int:
+        return self.encoder.conv_in.in_channels
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> what the quantizer reads: (B, D, h, w)."""
+        return self.quant_conv(self.encoder(images))
+
+    def to_images(self, f_hat: Tensor) -> Tensor:
+        """(B, D, h, w) -> images (B, C, H, W), not clamped."""
+        return self.decoder(self.post_quant_conv(f_hat))
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        quantized = self.quantizer(self.features(images))
+        return Reconstruction(self.to_images(quantized.f_hat), quantized.indices, quantized.loss)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Images (B, C, H, W) in [-1, 1] -> K tensors of codes (B, h_k * w_k) int64.
+
+        Raises:
+            ValueError: images of another size or number of channels.
+        """
+        expected = (self.channels, *self.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"tokenizer: expected images of (C, H, W) = {expected}, got "
+                f"{tuple(images.shape[1:])} (data.image_size, scales.patch_nums)"
+            )
+        return self.quantizer.encode(self.features(images))
+
+    @torch.no_grad()
+    def decode(self, indices: Sequence[Tensor], per_scale: bool = False) -> Tensor | list[Tensor]:
+        """Codes of the first n scales -> images (B, C, H, W) in [-1, 1].
+
+        With `per_scale` a list of n images each: what is decoded after each scale.
+        """
+        sums = list(self.quantizer.partial_sums(indices))
+        images = [self.to_images(f).clamp(-1, 1) for f in (sums if per_scale else sums[-1:])]
+        return images if per_scale else images[0]
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change when any weight or the schedule does."""
+        digest = hashlib.sha256(repr(self.schedule.patch_nums).encode())
+        for name, parameter in sorted(self.named_parameters()):
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().float().numpy().tobytes())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,62 @@
+"""Progress on a terminal, and off it.
+
+On a terminal Lightning's tqdm bar, named after the stage. In a log file a bar floods, so there
+it is one plain line now and then.
+"""
+
+import sys
+import time
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+
+
+def progress_bar(stage: str) -> ProgressBar:
+    """The bar that suits where standard error goes."""
+    return TerminalBar(stage) if sys.stderr.isatty() else PlainLines(stage)
+
+
+class TerminalBar(TQDMProgressBar):
+    """Lightning's bar, with the stage's name in the place of an epoch number."""
+
+    def __init__(self, stage: str):
+        super().__init__(refresh_rate=5)
+        self.stage = stage
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_) -> None:
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description(self.stage)
+        self.train_progress_bar.initial = trainer.datamodule.start_batch
+
+    def get_metrics(self, trainer: L.Trainer, module) -> dict:
+        return {k: v for k, v in super().get_metrics(trainer, module).items() if k != "v_num"}
+
+
+class PlainLines(ProgressBar):
+    """A line every tenth of the stage, with the loss and the time left."""
+
+    def __init__(self, stage: str):
+        super().__init__()
+        self.stage = stage
+
+    def on_train_start(self, trainer: L.Trainer, module) -> None:
+        self.started, self.first = time.monotonic(), trainer.datamodule.start_batch
+        self.done = self.first
+
+    def on_train_batch_end(self, trainer: L.Trainer, module, *_) -> None:
+        self.done += 1
+        total = trainer.datamodule.num_batches
+        if self.done % max(1, total // 10) and self.done != total:
+            return
+        metrics = self.get_metrics(trainer, module)
+        shown = " ".join(
+            f"{k} {v:.4g}" for k, v in metrics.items() if k != "v_num" and not isinstance(v, str)
+        )
+        rate = (self.done - self.first) / (time.monotonic() - self.started)
+        left = (total - self.done) / rate
+        print(
+            f"{self.stage}: batch {self.done}/{total}, {shown}, {rate:.1f} batches/s, "
+            f"{left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )

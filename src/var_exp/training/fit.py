@@ -1,0 +1,134 @@
+"""Run one stage: loops, checkpoints, bars, and how long it took."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+
+from var_exp.checkpoint import read_checkpoint
+from var_exp.data import ImageDataModule
+from var_exp.training.bars import progress_bar
+from var_exp.training.progress import BatchProgress
+from var_exp.training.stage import StageModule
+
+# Which validation figure the best checkpoint is chosen by.
+MONITORS = {"tokenizer": ("val/psnr", "max"), "var": ("val/loss", "min")}
+
+
+class Fitted(NamedTuple):
+    """checkpoint: the best; metrics: its validation figures, without `val/`; seconds: of fit."""
+
+    checkpoint: Path
+    metrics: dict[str, float]
+    seconds: float
+
+
+def fit_stage(
+    module: StageModule,
+    datamodule: ImageDataModule,
+    trainer: Callable[..., L.Trainer],
+    *,
+    run_dir: Path,
+    batch_size: int,
+    num_batches: int,
+    val_every: int,
+    seed: int,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Callable[..., Logger]] = (),
+    resume: str = "auto",
+) -> Fitted:
+    """Train a module for `num_batches` global batches; leave its network with the best weights.
+
+    The best of those that were validated; the moving average where the module keeps one.
+
+    Args:
+        trainer: called with what this function decides, gives the Trainer.
+        run_dir: checkpoints go to `run_dir / module.stage`.
+        val_every: batches between validations.
+        seed: with the batch number and rank decides every random draw.
+        loggers: each called with `save_dir` and `version`.
+        resume: "auto" goes on from `last.ckpt` where there is one, "never" starts anew.
+
+    Raises:
+        ValueError: a length below 1, an unknown `resume`, a checkpoint that does not fit.
+    """
+    if min(batch_size, num_batches, val_every) < 1 or resume not in ("auto", "never"):
+        raise ValueError(
+            f"model.{module.stage}: batch_size, num_batches and val_every must be at least 1 and "
+            f"resume 'auto' or 'never', got {batch_size}, {num_batches}, {val_every}, {resume!r}"
+        )
+    folder = run_dir / module.stage
+    last = folder / "last.ckpt" if resume == "auto" and (folder / "last.ckpt").exists() else None
+    datamodule.plan(batch_size, num_batches)
+    best = best_checkpoint(folder, *MONITORS[module.stage])
+    runner = trainer(
+        default_root_dir=folder,
+        max_epochs=1,
+        check_val_every_n_epoch=None,
+        val_check_interval=min(val_every, num_batches),
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=[make(save_dir=str(run_dir), version=module.stage) for make in loggers],
+        callbacks=[
+            BatchProgress(seed),
+            *callbacks,
+            progress_bar(module.stage),
+            best,
+            last_checkpoint(folder, val_every),
+        ],
+    )
+    started = time.monotonic()
+    if last is None or batches_done(last) < num_batches:
+        with quiet():
+            runner.fit(module, datamodule=datamodule, ckpt_path=last, weights_only=True)
+    seconds = time.monotonic() - started
+    finish(runner.loggers)
+    path = folder / "best.ckpt"
+    module.load_state_dict(read_checkpoint(path)["state_dict"])
+    module.network.load_state_dict(module.evaluated.state_dict())
+    module.network.eval()
+    return Fitted(path, validate(runner, module, datamodule), seconds)
+
+
+def best_checkpoint(folder: Path, monitor: str, mode: str) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
+
+
+def last_checkpoint(folder: Path, every: int) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, "last", every_n_train_steps=every, enable_version_counter=False)
+
+
+def batches_done(path: Path) -> int:
+    """How many batches of its stage a checkpoint has seen."""
+    callbacks: dict[str, Any] = read_checkpoint(path)["callbacks"]
+    return callbacks["BatchProgress"]["batch"]
+
+
+def validate(runner: L.Trainer, module: StageModule, datamodule: ImageDataModule) -> dict:
+    with quiet():
+        runner.logger = None
+        results = runner.validate(module, datamodule=datamodule, verbose=False)[0]
+    return {name.removeprefix("val/"): value for name, value in results.items()}
+
+
+def finish(loggers: Sequence[Logger]) -> None:
+    """Close what a stage's loggers hold open, or the next stage would go on in their runs."""
+    for logger in loggers:
+        logger.finalize("success")
+        if hasattr(logger.experiment, "finish"):
+            logger.experiment.finish()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide Lightning's advice that does not hold here: few workers suit images in memory."""
+    with warnings.catch_warnings():
+        for message in ("does not have many workers", "Checkpoint directory", "exists and is not"):
+            warnings.filterwarnings("ignore", message=f".*{message}")
+        yield

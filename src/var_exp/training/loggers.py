@@ -1,0 +1,41 @@
+"""Loggers, and how pictures reach them."""
+
+import os
+
+import numpy as np
+import wandb
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+
+def wandb_logger(save_dir: str, version: str, project: str, **options) -> WandbLogger:
+    """A W&B run: online where the user is logged in, else offline under `save_dir`.
+
+    Args:
+        save_dir: the run folder.
+        version: the stage; both stages of a run folder share a group.
+        project: the W&B project.
+        options: further arguments of `wandb.init`.
+    """
+    # Without this W&B writes a few lines about itself between ours.
+    os.environ.setdefault("WANDB_SILENT", "true")
+    group = "/".join(os.path.normpath(save_dir).split(os.sep)[-2:])
+    if "mode" not in options and "WANDB_MODE" not in os.environ:
+        options["mode"] = "online" if wandb.login(prompt=False) else "offline"
+    return WandbLogger(
+        name=f"{group}/{version}",
+        group=group,
+        job_type=version,
+        project=project,
+        save_dir=save_dir,
+        **options,
+    )
+
+
+def log_picture(trainer: Trainer, key: str, picture: np.ndarray) -> None:
+    """Give a uint8 (H, W, 3) array to every logger that takes pictures."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(key, [picture], step=trainer.global_step)
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(key, picture, trainer.global_step, dataformats="HWC")

@@ -1,0 +1,48 @@
+"""Exact continuation: a batch is a pure function of seed, batch number and rank.
+
+`BatchProgress` counts batches in its own checkpoint state, tells the data module where to go
+on, seeds every random generator at each batch's start, and tells the module how far the stage
+is. With it a run that was interrupted and continued is the uninterrupted run, bit for bit.
+"""
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from var_exp.training.stage import StageModule
+
+
+class BatchProgress(Callback):
+    """Count batches; seed and steer by that count.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.batch = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batch = state["batch"]
+
+    def on_fit_start(self, trainer: L.Trainer, module: StageModule) -> None:
+        # Runs before Lightning asks for the loader, and after it has restored this callback.
+        trainer.datamodule.start_batch = self.batch
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: StageModule, batch, i: int) -> None:
+        words = np.random.SeedSequence([self.seed, self.batch, trainer.global_rank])
+        torch.manual_seed(int(words.generate_state(1)[0]))
+        module.on_progress(self.batch / trainer.datamodule.num_batches)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: StageModule, outputs, batch, i: int
+    ) -> None:
+        # Here and not in the module, whose hook runs after the checkpoint callbacks have saved.
+        self.batch += 1

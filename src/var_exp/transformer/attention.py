@@ -1,0 +1,124 @@
+"""Block-causal self-attention and its cache.
+
+A token of scale k sees every token of scales 1..k (VAR, arXiv 2404.02905, section 3.1). In
+training all scales run at once under a mask; in sampling one scale at a time, its keys and
+values kept in a cache that is allocated once and handed in as an argument.
+
+    B batch, L tokens, n tokens of this call, C width, H heads, E = C / H head dimension
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class KVCache:
+    """Keys and values of every layer for a whole sequence, allocated once.
+
+    Args:
+        depth, batch_size, num_heads, seq_len, head_dim: sizes.
+        dtype, device: of keys and values.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        batch_size: int,
+        num_heads: int,
+        seq_len: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        shape = (depth, batch_size, num_heads, seq_len, head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+
+    def layer(self, index: int) -> "LayerCache":
+        return LayerCache(self.keys[index], self.values[index])
+
+
+class LayerCache:
+    """One layer's part of a `KVCache`: keys and values (B, H, L, E)."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.keys, self.values = keys, values
+
+    def extend(self, k: Tensor, v: Tensor, where: slice) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H, n, E) at `where`; return all up to its end."""
+        self.keys[:, :, where] = k
+        self.values[:, :, where] = v
+        return self.keys[:, :, : where.stop], self.values[:, :, : where.stop]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with one fused projection.
+
+    q and v have a bias, k has none: without QK-norm a bias of k adds the same to every logit
+    of a query, which softmax ignores.
+
+    Args:
+        width: C; num_heads: H, must divide C.
+        qk_norm: L2-normalise q and k and learn a scale per head (arXiv 2404.02905, appendix).
+        softmax_scale: times 1 / sqrt(E), used without QK-norm; the published code has 0.25.
+        dropout: of the attention weights and of the output, in [0, 1).
+
+    Raises:
+        ValueError: a width that the heads do not divide.
+    """
+
+    MAX_LOG_SCALE = math.log(100)
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        qk_norm: bool,
+        softmax_scale: float = 1.0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if num_heads < 1 or width % num_heads:
+            raise ValueError(
+                f"transformer: the width must be divisible by the number of heads, got width "
+                f"{width} and {num_heads} heads (transformer.width, transformer.num_heads)"
+            )
+        self.num_heads, self.head_dim = num_heads, width // num_heads
+        self.scale = 1.0 if qk_norm else softmax_scale / math.sqrt(self.head_dim)
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+        if qk_norm:
+            self.log_scale = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4)))
+        else:
+            self.log_scale = None
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        where: slice | None = None,
+    ) -> Tensor:
+        """(B, n, C) -> (B, n, C), either under a mask (n, n) or extending a cache at `where`."""
+        b, n, c = x.shape
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, bias)  # (B, n, 3C)
+        qkv = qkv.view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # (B, H, n, E)
+        if self.log_scale is not None:
+            q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=self.MAX_LOG_SCALE).exp()
+            k = F.normalize(k, dim=-1)
+            q, k = q.to(v.dtype), k.to(v.dtype)
+        if cache is not None:
+            k, v = cache.extend(k, v, where)  # (B, H, where.stop, E)
+        rate = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=rate, scale=self.scale
+        )  # (B, H, n, E)
+        out = self.proj(out.transpose(1, 2).reshape(b, n, c))  # (B, n, C)
+        return F.dropout(out, rate, self.training)

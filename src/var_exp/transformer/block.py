@@ -1,0 +1,185 @@
+"""Transformer blocks: GPT-2's, and the paper's with adaptive LayerNorm.
+
+    Block              pre-norm with learned affine LayerNorm (GPT-2, Radford et al. 2019)
+    AdaLNBlock         scale, shift and gate from the class embedding (DiT, arXiv 2212.09748;
+                       VAR, arXiv 2404.02905, section 3.2)
+    SharedAdaLNBlock   one linear for all blocks plus a learned offset for each (PixArt-alpha,
+                       arXiv 2310.00426; the published d36)
+
+A block is told in two steps, `vectors = block.modulation(condition)` and `block(x, vectors)`:
+the vectors depend on the class alone, so sampling computes them once for all scales.
+
+    B batch, n tokens, C width
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import stochastic_depth
+
+from var_exp.transformer.attention import LayerCache, SelfAttention
+
+NORM_EPS = 1e-6
+
+
+class MLP(nn.Module):
+    """Linear, tanh-GELU, linear."""
+
+    def __init__(self, width: int, hidden: int, dropout: float):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    """GPT-2's pre-norm block; the class enters through the start token alone.
+
+    Args:
+        width, num_heads, qk_norm, softmax_scale, dropout: see `SelfAttention`.
+        mlp_ratio: hidden width of the MLP over the width.
+        drop_path: probability of skipping a branch for a sample (arXiv 1603.09382).
+    """
+
+    affine = True
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qk_norm: bool,
+        softmax_scale: float,
+        dropout: float,
+        drop_path: float,
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, NORM_EPS, elementwise_affine=self.affine)
+        self.attn = SelfAttention(width, num_heads, qk_norm, softmax_scale, dropout)
+        self.norm2 = nn.LayerNorm(width, NORM_EPS, elementwise_affine=self.affine)
+        self.mlp = MLP(width, round(width * mlp_ratio), dropout)
+        self.drop_path = drop_path
+
+    @staticmethod
+    def shared_modulation(width: int) -> nn.Module:
+        """What turns the class embedding (B, C) into the condition that all blocks read."""
+        return nn.Identity()
+
+    def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
+        return ()
+
+    def forward(
+        self,
+        x: Tensor,
+        vectors: tuple[Tensor, ...],
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        where: slice | None = None,
+    ) -> Tensor:
+        x = x + self.skip(self.attn(self.norm1(x), mask, cache, where))
+        return x + self.skip(self.mlp(self.norm2(x)))  # (B, n, C)
+
+    def skip(self, branch: Tensor) -> Tensor:
+        return stochastic_depth(branch, self.drop_path, "row", self.training)
+
+    def init_modulation(self, gate_init: float) -> None:
+        """Scale the freshly initialised modulation; GPT-2's block has none."""
+
+
+class AdaLNBlock(Block):
+    """The paper's block: norm without affine, modulated by six vectors from the class."""
+
+    affine = False
+
+    def __init__(self, width: int, *args, **kwargs):
+        super().__init__(width, *args, **kwargs)
+        self._make_modulation(width)
+
+    def _make_modulation(self, width: int) -> None:
+        self.ada_lin = nn.Linear(width, 6 * width)
+
+    def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """(B, C) -> gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp (B, 1, C)."""
+        return self.ada_lin(F.silu(condition)).unsqueeze(1).chunk(6, dim=-1)
+
+    def forward(
+        self,
+        x: Tensor,
+        vectors: tuple[Tensor, ...],
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        where: slice | None = None,
+    ) -> Tensor:
+        gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = vectors
+        h = modulate(self.norm1(x), scale_attn, shift_attn)
+        x = x + self.skip(gate_attn * self.attn(h, mask, cache, where))
+        h = modulate(self.norm2(x), scale_mlp, shift_mlp)
+        return x + self.skip(gate_mlp * self.mlp(h))  # (B, n, C)
+
+    def init_modulation(self, gate_init: float) -> None:
+        scale_gates(self.ada_lin.weight.data.unflatten(0, (6, -1)), gate_init)
+
+
+class SharedAdaLNBlock(AdaLNBlock):
+    """Six vectors from one linear for all blocks, plus this block's learned offset."""
+
+    def _make_modulation(self, width: int) -> None:
+        self.ada_offset = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
+
+    @staticmethod
+    def shared_modulation(width: int) -> nn.Module:
+        return nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """(B, 6C) -> the six vectors (B, 1, C)."""
+        six = condition.view(len(condition), 1, 6, -1) + self.ada_offset  # (B, 1, 6, C)
+        return six.unbind(2)
+
+    def init_modulation(self, gate_init: float) -> None:
+        scale_gates(self.ada_offset.data[0, 0], gate_init)
+
+
+class Head(nn.Module):
+    """Last norm and linear to the vocabulary, with GPT-2's affine norm."""
+
+    affine = True
+
+    def __init__(self, width: int, vocab_size: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, NORM_EPS, elementwise_affine=self.affine)
+        self.linear = nn.Linear(width, vocab_size)
+
+    def modulation(self, embedding: Tensor) -> tuple[Tensor, ...]:
+        return ()
+
+    def forward(self, x: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
+        return self.linear(self.norm(x)).float()  # (B, n, V)
+
+
+class AdaLNHead(Head):
+    """The paper's head: its own scale and shift from the class, also with shared AdaLN."""
+
+    affine = False
+
+    def __init__(self, width: int, vocab_size: int):
+        super().__init__(width, vocab_size)
+        self.ada_lin = nn.Linear(width, 2 * width)
+
+    def modulation(self, embedding: Tensor) -> tuple[Tensor, ...]:
+        """(B, C) -> scale, shift (B, 1, C)."""
+        return self.ada_lin(F.silu(embedding)).unsqueeze(1).chunk(2, dim=-1)
+
+    def forward(self, x: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
+        return self.linear(modulate(self.norm(x), *vectors)).float()  # (B, n, V)
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+def scale_gates(six: Tensor, gate_init: float) -> None:
+    """Shrink the two gate rows of a modulation (6, ...) to `gate_init`, the others to a half."""
+    six[:2] *= gate_init
+    six[2:] *= 0.5

@@ -1,0 +1,215 @@
+"""The next-scale transformer: predicts each token map from all coarser ones.
+
+VAR (Tian et al., arXiv 2404.02905, section 3.1): p(r_1, ..., r_K) = prod_k p(r_k | r_<k), where
+a whole map r_k of h_k x w_k codes is predicted in parallel. What the network reads at scale k
+is the image as known after scale k - 1, resized to (h_k, w_k); the first scale reads the class.
+
+    B batch, K scales, L tokens, n_k tokens of scale k, V codes, D code dimension, C width
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from var_exp.scales import ScaleSchedule, Side
+from var_exp.spec import recorded
+from var_exp.transformer.attention import KVCache
+from var_exp.transformer.block import AdaLNBlock, AdaLNHead, Block, Head, SharedAdaLNBlock
+
+BLOCKS = {
+    "gpt2": (Block, Head),
+    "adaln": (AdaLNBlock, AdaLNHead),
+    "shared_adaln": (SharedAdaLNBlock, AdaLNHead),
+}
+
+
+class Condition(NamedTuple):
+    """All that depends on the class alone: computed once for a batch, whatever the scale.
+
+    embedding: (B, C); blocks: the modulation vectors of each block; head: those of the head.
+    """
+
+    embedding: Tensor
+    blocks: list[tuple[Tensor, ...]]
+    head: tuple[Tensor, ...]
+
+
+@recorded
+class VAR(nn.Module):
+    """The next-scale transformer, with the paper's or GPT-2's blocks.
+
+    Args:
+        patch_nums: the schedule.
+        vocab_size, code_dim: V and D of the tokenizer.
+        num_classes: classes; row `num_classes` of the class table means "no class". 0 trains
+            without classes.
+        depth: number of blocks.
+        width: C; the paper's 64 * depth unless given.
+        num_heads: heads; C / 64 unless given.
+        mlp_ratio: hidden width of the MLPs over C.
+        block: "adaln" (the paper), "shared_adaln" (its d36) or "gpt2".
+        qk_norm, softmax_scale, dropout: see `SelfAttention`.
+        drop_path: of the last block; grows linearly from 0 at the first.
+        gate_init: factor on the gates' initial weights.
+
+    Raises:
+        ValueError: an unknown block, or a width that the heads do not divide.
+    """
+
+    def __init__(
+        self,
+        patch_nums: Sequence[Side],
+        vocab_size: int = 4096,
+        code_dim: int = 32,
+        num_classes: int = 1000,
+        depth: int = 16,
+        width: int | None = None,
+        num_heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        block: str = "adaln",
+        qk_norm: bool = True,
+        softmax_scale: float = 1.0,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        gate_init: float = 1e-3,
+    ):
+        super().__init__()
+        if block not in BLOCKS:
+            raise ValueError(
+                f"transformer: block must be one of {sorted(BLOCKS)}, got {block!r} "
+                f"(transformer.block)"
+            )
+        self.schedule = ScaleSchedule(patch_nums)
+        self.vocab_size, self.code_dim, self.num_classes = vocab_size, code_dim, num_classes
+        self.width = width or 64 * depth
+        self.num_heads = num_heads or max(1, self.width // 64)
+        self.dropout = nn.Dropout(dropout)
+        block_class, head_class = BLOCKS[block]
+
+        self.class_embedding = nn.Embedding(num_classes + 1, self.width)
+        self.code_projection = nn.Linear(code_dim, self.width)
+        self.start_position = nn.Parameter(torch.empty(1, self.schedule.num_tokens[0], self.width))
+        self.position = nn.Parameter(torch.empty(1, self.schedule.seq_len, self.width))
+        self.level_embedding = nn.Embedding(self.schedule.num_scales, self.width)
+        self.shared_modulation = block_class.shared_modulation(self.width)
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(
+            block_class(
+                self.width, self.num_heads, mlp_ratio, qk_norm, softmax_scale, dropout, rate
+            )
+            for rate in rates
+        )
+        self.head = head_class(self.width, vocab_size)
+
+        levels = self.schedule.level_ids()  # (L,)
+        self.register_buffer("levels", levels, persistent=False)
+        self.register_buffer("mask", levels[:, None] >= levels[None, :], persistent=False)
+        self.init_weights(gate_init)
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits of all scales at once, each from the coarser ones.
+
+        Args:
+            inputs: (B, L - n_1, D), `quantizer.teacher_forcing_input`; fewer scales may be
+                given, then fewer are predicted.
+            labels: (B,) int64 in 0..num_classes; None means "no class".
+
+        Returns:
+            (B, L, V) float32.
+
+        Raises:
+            ValueError: a label out of range, or inputs that end inside a scale.
+        """
+        condition = self.condition(self.check_labels(labels, len(inputs)))
+        start = self.start_tokens(condition)  # (B, n_1, C)
+        x = torch.cat((start, self.code_projection(inputs).to(start.dtype)), dim=1)  # (B, L, C)
+        length = x.shape[1]
+        self.schedule.num_scales_in(length)
+        x = self.dropout(x + self.places(slice(0, length)))
+        mask = self.mask[:length, :length]
+        for block, vectors in zip(self.blocks, condition.blocks, strict=True):
+            x = block(x, vectors, mask=mask)
+        return self.head(x, condition.head)
+
+    def forward_scale(
+        self, k: int, inputs: Tensor | None, condition: Condition, cache: KVCache
+    ) -> Tensor:
+        """Logits (B, n_k, V) of scale k, whose coarser scales are in the cache.
+
+        Args:
+            k: scale, from 0; scales must come in order.
+            inputs: (B, n_k, D), `quantizer.next_input`; None at scale 0.
+            condition: from `condition(labels)`.
+            cache: from `make_cache`; extended by this scale.
+        """
+        where = self.schedule.slices[k]
+        x = self.start_tokens(condition) if inputs is None else self.code_projection(inputs)
+        x = x + self.places(where)  # (B, n_k, C)
+        for i, block in enumerate(self.blocks):
+            x = block(x, condition.blocks[i], cache=cache.layer(i), where=where)
+        return self.head(x, condition.head)
+
+    def condition(self, labels: Tensor) -> Condition:
+        """What the class decides: (B,) int64 -> embedding and modulation vectors."""
+        embedding = self.class_embedding(labels)  # (B, C)
+        shared = self.shared_modulation(embedding)
+        vectors = [block.modulation(shared) for block in self.blocks]
+        return Condition(embedding, vectors, self.head.modulation(embedding))
+
+    def check_labels(self, labels: Tensor | None, batch_size: int) -> Tensor:
+        """Labels (B,) on the network's device, "no class" where there are none."""
+        device = self.class_embedding.weight.device
+        if labels is None:
+            return torch.full((batch_size,), self.num_classes, device=device)
+        # Looking at values on a GPU would stall it at every step.
+        if labels.device.type == "cpu" and len(labels):
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high > self.num_classes:
+                raise ValueError(
+                    f"labels: expected classes in 0..{self.num_classes - 1} (or "
+                    f"{self.num_classes} for no class), got {low if low < 0 else high}"
+                )
+        return labels.to(device)
+
+    def start_tokens(self, condition: Condition) -> Tensor:
+        """The class embedding at every place of the first scale: (B, n_1, C)."""
+        return condition.embedding.unsqueeze(1) + self.start_position
+
+    def places(self, where: slice) -> Tensor:
+        """Position and level embedding of some tokens: (1, n, C)."""
+        return self.position[:, where] + self.level_embedding(self.levels[where])
+
+    def make_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for one batch of whole sequences."""
+        weight = self.code_projection.weight
+        return KVCache(
+            len(self.blocks),
+            batch_size,
+            self.num_heads,
+            self.schedule.seq_len,
+            self.width // self.num_heads,
+            dtype or weight.dtype,
+            weight.device,
+        )
+
+    @torch.no_grad()
+    def init_weights(self, gate_init: float) -> None:
+        """The published initialisation (RECIPES of arXiv 2404.02905's code)."""
+        std = math.sqrt(1 / (3 * self.width))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.start_position, std=std)
+        nn.init.trunc_normal_(self.position, std=std)
+        for block in self.blocks:
+            block.attn.proj.weight /= math.sqrt(2 * len(self.blocks))
+            block.mlp.fc2.weight /= math.sqrt(2 * len(self.blocks))
+            block.init_modulation(gate_init)
+        self.head.linear.weight *= 0.02
+        if isinstance(self.head, AdaLNHead):
+            self.head.ada_lin.weight *= 0.5

@@ -1,0 +1,187 @@
+"""Train the tokenizer, then the next-scale transformer; evaluate, sample, say what came out.
+
+python train.py                          both stages on the embedded digits
+python train.py data=shapes              other images
+python train.py 'stages=[tokenizer]'     one stage alone
+python train.py --cfg job                what would run
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from tqdm import tqdm
+
+from var_exp.checkpoint import find_checkpoint, load_networks
+from var_exp.cli import launch, point_latest, report_errors, table
+from var_exp.data import ImageDataModule, ImageSource
+from var_exp.evaluation.evaluator import Evaluator
+from var_exp.evaluation.pictures import save_png
+from var_exp.tokenizer import VQVAE
+from var_exp.training.fit import fit_stage
+from var_exp.training.stage import StageModule
+from var_exp.transformer import VAR
+
+
+def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
+    """Run the configured stages; all final metrics, keyed `stage/metric`."""
+    data = make_data(cfg)
+    tokenizer = make_tokenizer(cfg, data.source, run_dir)
+    modules = make_modules(cfg, data.source, tokenizer)  # all of them: mistakes show now
+    evaluator = make_evaluator(cfg, data.source, run_dir)
+    point_latest(run_dir)
+
+    metrics = {}
+    for stage, module in modules.items():
+        fitted = fit(cfg, module, data, evaluator, run_dir)
+        scores = finish[stage](cfg, module, evaluator, run_dir)
+        results = fitted.metrics | scores | {"seconds": fitted.seconds}
+        metrics |= {f"{stage}/{name}": value for name, value in results.items()}
+        (run_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print(table(f"{cfg.name}: what was reached", summary(metrics, run_dir)))
+    return metrics
+
+
+# -- from the configuration to objects ----------------------------------------------------
+
+
+def make_data(cfg: DictConfig) -> ImageDataModule:
+    source = instantiate(cfg.data, _convert_="all")
+    data = instantiate(cfg.datamodule, _partial_=True)(source)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def make_tokenizer(cfg: DictConfig, source: ImageSource, run_dir: Path) -> VQVAE:
+    """A new tokenizer, or the one that stage two alone continues from."""
+    if "tokenizer" in cfg.stages:
+        torch.manual_seed(cfg.seed)
+        tokenizer = instantiate(
+            cfg.tokenizer,
+            encoder={"in_channels": source.channels},
+            decoder={"out_channels": source.channels},
+            _convert_="all",
+        )
+    else:
+        given = cfg.tokenizer_ckpt or run_dir
+        tokenizer = load_networks(find_checkpoint(given, stages=("tokenizer", "var"))).tokenizer
+    if tokenizer.schedule.patch_nums != OmegaConf.to_container(cfg.scales.patch_nums):
+        raise ValueError(
+            f"tokenizer_ckpt: the tokenizer has scales {tokenizer.schedule.patch_nums}, this run "
+            f"{cfg.scales.patch_nums}; set scales.patch_nums or use another tokenizer"
+        )
+    tokenizer.schedule.check_image(source.image_size, tokenizer.encoder.stride)
+    return tokenizer
+
+
+def make_modules(cfg: DictConfig, source: ImageSource, tokenizer: VQVAE) -> dict[str, StageModule]:
+    """The stages' modules, in order. They share the tokenizer, which stage one trains in place."""
+    networks: dict[str, dict[str, nn.Module]] = {"tokenizer": {"tokenizer": tokenizer}}
+    if "var" in cfg.stages:
+        networks["var"] = {
+            "tokenizer": tokenizer,
+            "transformer": make_transformer(cfg, source, tokenizer),
+        }
+    unknown = [stage for stage in cfg.stages if stage not in ("tokenizer", "var")]
+    if unknown or not cfg.stages or list(cfg.stages) != sorted(set(cfg.stages)):
+        raise ValueError(
+            f"stages: expected [tokenizer,var], [tokenizer] or [var], got {list(cfg.stages)}"
+        )
+    return {
+        stage: instantiate(cfg.model[stage].module, _partial_=True, _convert_="all")(
+            **networks[stage]
+        )
+        for stage in cfg.stages
+    }
+
+
+def make_transformer(cfg: DictConfig, source: ImageSource, tokenizer: VQVAE) -> VAR:
+    torch.manual_seed(cfg.seed)
+    return instantiate(
+        cfg.transformer,
+        vocab_size=tokenizer.quantizer.vocab_size,
+        code_dim=tokenizer.quantizer.code_dim,
+        num_classes=source.num_classes,
+        _convert_="all",
+    )
+
+
+def make_evaluator(cfg: DictConfig, source: ImageSource, run_dir: Path) -> Evaluator:
+    features = instantiate(cfg.evaluation.features)
+    return Evaluator(
+        source,
+        features(run_dir / "evaluation" / "classifier.pt", source),
+        OmegaConf.to_container(cfg.sampling),
+        cfg.seed,
+        cfg.evaluation.batch_size,
+    )
+
+
+# -- a stage, and what is made of it ------------------------------------------------------
+
+
+def fit(cfg: DictConfig, module: StageModule, data, evaluator: Evaluator, run_dir: Path):
+    callbacks = [instantiate(c) for c in cfg.callbacks[module.stage].values()]
+    own = [c(evaluator) if isinstance(c, functools.partial) else c for c in callbacks]
+    model = cfg.model[module.stage]
+    return fit_stage(
+        module,
+        data,
+        instantiate(cfg.trainer, _partial_=True),
+        run_dir=run_dir,
+        batch_size=model.batch_size,
+        num_batches=model.num_batches,
+        val_every=model.val_every,
+        seed=cfg.seed,
+        callbacks=own,
+        loggers=[instantiate(c) for c in cfg.logger.values()],
+        resume=cfg.resume,
+    )
+
+
+def finish_tokenizer(cfg: DictConfig, module, evaluator: Evaluator, run_dir: Path) -> dict:
+    picture = evaluator.reconstruction_picture(module.tokenizer, num_images=12)
+    save_png(picture, run_dir / "samples" / "reconstructions.png")
+    return evaluator.score_reconstructions(module.tokenizer)
+
+
+def finish_var(cfg: DictConfig, module, evaluator: Evaluator, run_dir: Path) -> dict:
+    drawn = evaluator.draw_per_class(module.transformer, module.tokenizer, num_per_class=10)
+    save_png(drawn.grid, run_dir / "samples" / "grid.png")
+    save_png(drawn.strip, run_dir / "samples" / "coarse_to_fine.png")
+    num_samples = cfg.evaluation.num_samples
+    bar = functools.partial(tqdm, desc="scoring", unit="batch", disable=None)
+    return evaluator.score_samples(module.transformer, module.tokenizer, num_samples, bar)
+
+
+finish = {"tokenizer": finish_tokenizer, "var": finish_var}
+
+SHOWN = ("psnr", "loss", "acc", "class_accuracy", "seconds")
+
+
+def summary(metrics: dict[str, float], run_dir: Path) -> dict[str, object]:
+    """What the table at the end shows, of all that `metrics.json` holds."""
+    rows: dict[str, object] = {
+        name: value
+        for name, value in metrics.items()
+        if name.split("/")[1] in SHOWN or "fid" in name or "inception" in name
+    }
+    return rows | {"run folder": run_dir, "pictures": run_dir / "samples"}
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="train")
+@report_errors
+def main(cfg: DictConfig) -> float | None:
+    metrics = train(cfg, Path(HydraConfig.get().runtime.output_dir))
+    return metrics[cfg.objective] if cfg.objective else None
+
+
+if __name__ == "__main__":
+    launch(main, "train")
