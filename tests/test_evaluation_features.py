@@ -24,7 +24,6 @@ class Corners(Dataset):
         generator = torch.Generator().manual_seed(self.seed + index)
         image = torch.randint(0, 90, self.shape, dtype=torch.uint8, generator=generator)
         (h, w), corner = self.shape[1:], index % 4
-        image.roll((h // 2 * (corner // 2), w // 2 * (corner % 2)), (1, 2))
         top, left = h // 2 * (corner // 2), w // 2 * (corner % 2)
         image[:, top : top + h // 2, left : left + w // 2] += 150
         return image, corner if self.labelled else 0

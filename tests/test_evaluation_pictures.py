@@ -13,7 +13,7 @@ from var_exp.evaluation import (
     save_png,
     to_uint8,
 )
-from var_exp.evaluation.pictures import GAP, INK, MARGIN, PAPER
+from var_exp.evaluation.pictures import GAP, MARGIN, PAPER
 
 
 def flat_images(*levels, size=(16, 16), channels=1):
@@ -78,7 +78,7 @@ def test_class_names_are_written_beside_their_rows():
     blank = class_grid(images, labels, [" ", " "])
     named = class_grid(images, labels, ["cat", " "])
     first_row = slice(MARGIN, MARGIN + 64)
-    ink = (np.abs(named.astype(int) - INK).sum(axis=2) < 30)[:, : -MARGIN - 64]
+    ink = (named < 128).all(axis=2)[:, : -MARGIN - 64]
     assert ink[first_row].sum() > 50
     assert ink.sum() == ink[first_row].sum()
     assert named.shape[1] > blank.shape[1]

@@ -6,12 +6,13 @@ names of the classes. So a file alone is a complete generator, and loads with
 `weights_only=True`: nothing in it can run code.
 """
 
-import pickle
+import textwrap
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from var_exp.spec import build
 from var_exp.tokenizer import VQVAE
@@ -72,13 +73,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: the file is missing, damaged, holds code, or is not one of ours.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of torch, about the pickle protocol
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"checkpoint: there is no file {str(path)!r}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # a damaged pickle raises anything, from KeyError to struct.error
+        # Torch's own message explains how to run the code in the file all the same.
+        code = [line for line in str(error).splitlines() if "GLOBAL" in line]
+        reason = code[0].strip() if code else type(error).__name__
         raise ValueError(
-            f"checkpoint: {str(path)!r} is damaged or not a checkpoint ({reason})"
+            f"checkpoint: {str(path)!r} is damaged, holds code, or is not a checkpoint ({reason})"
         ) from None
     if not isinstance(content, dict) or KEY not in content:
         raise ValueError(
@@ -97,12 +101,23 @@ def load_networks(path: str | Path, weights: str = "averaged") -> Networks:
             themselves.
 
     Raises:
-        ValueError: see `find_checkpoint` and `read_checkpoint`; or an unknown `weights`.
+        ValueError: see `find_checkpoint` and `read_checkpoint`; an unknown `weights`; or
+            tensors that do not fit what the checkpoint says about its networks.
     """
     if weights not in ("averaged", "raw"):
         raise ValueError(f"weights: expected 'averaged' or 'raw', got {weights!r}")
-    content = read_checkpoint(find_checkpoint(path))
-    info, state = content[KEY], content["state_dict"]
+    path = find_checkpoint(path)
+    content = read_checkpoint(path)
+    try:
+        return _build_networks(content[KEY], content["state_dict"], weights)
+    except (AttributeError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
+        raise ValueError(
+            f"checkpoint: {str(path)!r} does not hold the networks it describes ({reason})"
+        ) from None
+
+
+def _build_networks(info: dict[str, Any], state: dict[str, Tensor], weights: str) -> Networks:
     networks = {}
     for name, spec in info["networks"].items():
         prefixes = [f"averaged_{name}.", f"{name}."][weights == "raw" :]

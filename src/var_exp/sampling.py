@@ -70,10 +70,15 @@ def generate(
     check_settings(cfg_scale, top_k, top_p, temperature)
     check_fit(transformer, tokenizer)
     if labels is None:
-        labels = [transformer.num_classes] * (num_samples or 1)
+        labels = [transformer.num_classes] * (1 if num_samples is None else num_samples)
     labels = torch.as_tensor(labels, dtype=torch.int64)
     labels = transformer.check_labels(labels, len(labels))
     ids = range(len(labels)) if sample_ids is None else sample_ids
+    if not len(labels) == len(ids) > 0:
+        raise ValueError(
+            f"sampling: expected at least 1 sample and an id for each, got {len(labels)} labels "
+            f"and {len(ids)} ids (num_samples=..., sample_ids=...)"
+        )
     uniforms = torch.from_numpy(draw_uniforms(seed, ids, transformer.schedule.seq_len))
     indices = []
     for k, logits in guided_logits(transformer, tokenizer, labels, cfg_scale, indices):
@@ -200,7 +205,11 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 def draw_uniforms(seed: int, sample_ids: Sequence[int], seq_len: int) -> np.ndarray:
     """One uniform in [0, 1) per token, from a stream of its own for each sample: (B, L)."""
-    return np.stack([np.random.default_rng([seed, i]).random(seq_len) for i in sample_ids])
+    return np.stack([_rng(seed, i).random(seq_len) for i in sample_ids])
+
+
+def _rng(seed: int, sample_id: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(sample_id,)))
 
 
 def check_settings(cfg_scale: float, top_k: int, top_p: float, temperature: float) -> None:

@@ -74,7 +74,7 @@ class ScaleSchedule:
 
     def level_ids(self) -> Tensor:
         """The scale (0-based) that each of the L tokens belongs to: (L,) int64."""
-        return torch.repeat_interleave(torch.arange(self.num_scales), torch.tensor(self.num_tokens))
+        return torch.cat([torch.full((n,), k) for k, n in enumerate(self.num_tokens)])
 
     def split(self, x: Tensor, dim: int = 1) -> list[Tensor]:
         """Cut a sequence that starts at scale 0 and ends at a scale's border into its scales.

@@ -7,6 +7,7 @@ the very form that the YAML files under `conf/` have. `build(spec)` is its inver
 recorded classes only, so that a checkpoint can never name code to run.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -42,9 +43,10 @@ def build(spec: dict[str, Any]) -> Any:
     Raises:
         ValueError: the spec names a class that is not a recorded network.
     """
-    target = spec["_target_"]
+    target = str(spec.get("_target_"))
     if target not in _RECORDED and target.startswith("var_exp."):
-        importlib.import_module(target.rpartition(".")[0])
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(target.rpartition(".")[0])
     if target not in _RECORDED:
         raise ValueError(
             f"checkpoint: {target!r} is not a network of var-exp; expected one of "

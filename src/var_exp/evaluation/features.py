@@ -170,9 +170,9 @@ def _load(path: Path, source, seed: int) -> ClassifierFeatures:
             f"evaluation: {path} is not a classifier of var-exp; delete it and it is trained anew"
         ) from error
     for key, expected in _describe(source, seed).items():
-        if about[key] != expected:
+        if about.get(key) != expected:
             raise ValueError(
-                f"evaluation: {path} was trained with {key} = {about[key]}, expected {expected}; "
+                f"evaluation: {path} was trained with {key} = {about.get(key)}, expected {expected}; "
                 f"delete it or choose another path"
             )
     num_classes = len(weights["head.1.bias"])

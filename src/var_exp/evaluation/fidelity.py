@@ -16,9 +16,9 @@ are rounded to 8 bits before a network sees them, as if read from PNG files.
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 from torchmetrics import Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.utilities import dim_zero_cat
@@ -32,6 +32,8 @@ Judge = Callable[[Tensor], Tensor]
 
 class Fidelity(nn.Module):
     """FID and Inception Score over one pass of one feature network.
+
+    It may be updated in inference mode and out of it: states are never inference tensors.
 
     Args:
         network: what images are compared in; its name goes into the keys.
@@ -52,13 +54,11 @@ class Fidelity(nn.Module):
         self.fid.reset()
         self.inception_score.reset()
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def update_real(self, images: Tensor) -> None:
         """Add real images (B, C, H, W) in [0, 1]."""
         self.fid.update(self._see(images).features.double(), real=True)
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def update_fake(self, images: Tensor, sample_ids: Tensor | None = None) -> None:
         """Add generated images (B, C, H, W) in [0, 1].
@@ -124,7 +124,10 @@ class FrechetDistance(FrechetInceptionDistance):
 
 
 class InceptionScore(Metric):
-    """Inception Score of logits, its formula and seeded split torch-fidelity's."""
+    """Inception Score of logits, averaged over the parts of a seeded random split.
+
+    Permutation and parts are torch-fidelity's, so the same logits and seed give its figure.
+    """
 
     full_state_update = False
     higher_is_better = True
@@ -137,7 +140,7 @@ class InceptionScore(Metric):
         self.add_state("sample_ids", [], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, sample_ids: Tensor | None = None) -> None:
-        """Add logits (B, num_classes) of samples numbered (B,), or as they come."""
+        """Add logits (B, num_classes) of samples numbered (B,), or numbered as they come."""
         if sample_ids is None:
             num_seen = sum(len(ids) for ids in self.sample_ids)
             sample_ids = torch.arange(num_seen, num_seen + len(logits))
@@ -146,11 +149,19 @@ class InceptionScore(Metric):
 
     def compute(self) -> Tensor:
         order = dim_zero_cat(self.sample_ids).argsort(stable=True)
-        logits = dim_zero_cat(self.logits)[order].cpu()
-        score = isc_features_to_metric(
-            logits, splits=min(self.num_splits, len(logits)), rng_seed=self.seed
-        )
-        return torch.tensor(score[KEY_METRIC_ISC_MEAN], dtype=torch.float64)
+        p = dim_zero_cat(self.logits)[order].cpu().double().softmax(dim=1)  # (N, num_classes)
+        p = p[np.random.RandomState(self.seed).permutation(len(p))]
+        num_splits = min(self.num_splits, len(p))
+        edges = [i * len(p) // num_splits for i in range(num_splits + 1)]
+        parts = [p[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+        return torch.stack([_sureness_and_variety(part) for part in parts]).mean()
+
+
+def _sureness_and_variety(p: Tensor) -> Tensor:
+    """exp E KL(p(y|x) || p(y)) of (N, num_classes), as entropies: a probability of 0 is safe."""
+    entropy_of_mean = torch.special.entr(p.mean(dim=0)).sum()
+    mean_entropy = torch.special.entr(p).sum(dim=1).mean()
+    return (entropy_of_mean - mean_entropy).exp()
 
 
 def class_accuracy(images: Tensor, labels: Tensor, judge: Judge) -> float:

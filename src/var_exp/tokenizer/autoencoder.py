@@ -116,6 +116,24 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
+def level_sizes(
+    width: int, multipliers: Sequence[int], num_res_blocks: int | Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Channels and number of residual blocks of each resolution, from full to lowest."""
+    widths = [width * m for m in multipliers]
+    same = isinstance(num_res_blocks, int)
+    blocks = [num_res_blocks] * len(widths) if same else list(num_res_blocks)
+    changes = [w != before for before, w in zip([width, *widths], widths, strict=False)]
+    narrow = any(c and n < 1 for c, n in zip(changes, blocks, strict=False))
+    if len(blocks) != len(widths) or narrow or min(blocks) < 0:
+        raise ValueError(
+            f"tokenizer: num_res_blocks must be a number >= 1 or one for each of the "
+            f"{len(widths)} multipliers {list(multipliers)}, at least 1 where the width changes, "
+            f"got {num_res_blocks} (tokenizer.encoder.num_res_blocks)"
+        )
+    return widths, blocks
+
+
 @recorded
 class Encoder(nn.Module):
     """Images (B, in_channels, H, W) -> features (B, code_dim, H / stride, W / stride).
@@ -126,9 +144,13 @@ class Encoder(nn.Module):
         width: channels at full resolution.
         multipliers: channels of each resolution over `width`; the stride is
             2 ** (len(multipliers) - 1).
-        num_res_blocks: residual blocks at each resolution.
+        num_res_blocks: residual blocks at each resolution, one number for all or one for each.
         attention: attention at the lowest resolution and in the middle.
         dropout: within residual blocks, in [0, 1).
+
+    Raises:
+        ValueError: as many numbers of blocks as resolutions are not given, or the width changes
+            at a resolution without blocks.
     """
 
     def __init__(
@@ -137,19 +159,19 @@ class Encoder(nn.Module):
         code_dim: int = 32,
         width: int = 160,
         multipliers: Sequence[int] = (1, 1, 2, 2, 4),
-        num_res_blocks: int = 2,
+        num_res_blocks: int | Sequence[int] = 2,
         attention: bool = True,
         dropout: float = 0.0,
     ):
         super().__init__()
         self.stride = 2 ** (len(multipliers) - 1)
-        widths = [width * m for m in multipliers]
+        widths, blocks = level_sizes(width, multipliers, num_res_blocks)
         lowest = len(widths) - 1
         self.conv_in = conv3x3(in_channels, width)
         self.down = nn.ModuleList()
         previous = width
         for i, w in enumerate(widths):
-            level = Level([previous] + [w] * num_res_blocks, attention and i == lowest, dropout)
+            level = Level([previous] + [w] * blocks[i], attention and i == lowest, dropout)
             if i != lowest:
                 level.downsample = Downsample(w)
             self.down.append(level)
@@ -180,19 +202,19 @@ class Decoder(nn.Module):
         code_dim: int = 32,
         width: int = 160,
         multipliers: Sequence[int] = (1, 1, 2, 2, 4),
-        num_res_blocks: int = 2,
+        num_res_blocks: int | Sequence[int] = 2,
         attention: bool = True,
         dropout: float = 0.0,
     ):
         super().__init__()
-        widths = [width * m for m in multipliers]
+        widths, blocks = level_sizes(width, multipliers, num_res_blocks)
         lowest = len(widths) - 1
         self.conv_in = conv3x3(code_dim, widths[-1])
         self.mid = Middle(widths[-1], attention, dropout)
         levels = []
         previous = widths[-1]
         for i in range(lowest, -1, -1):
-            out = [widths[i]] * (num_res_blocks + 1)
+            out = [widths[i]] * (blocks[i] + 1)
             level = Level([previous] + out, attention and i == lowest, dropout)
             if i != 0:
                 level.upsample = Upsample(widths[i])

@@ -46,14 +46,14 @@ class MultiScaleQuantizer(nn.Module):
             of which each scale gets an own copy.
         per_scale: a codebook for each scale.
         num_phi: how many phi convolutions serve the K scales: 1 is fully shared, K one each,
-            4 the published tokenizer.
+            4 the published tokenizer (also where K < 4).
         phi_ratio: share of the convolution in phi, in [0, 1].
         beta: weight of the commitment term.
         scale_drop: share of training batches that are decoded from a random prefix of the
             scales, so that coarse scales carry what they can.
 
     Raises:
-        ValueError: num_phi outside 1..K.
+        ValueError: num_phi outside 1..max(K, 4).
     """
 
     def __init__(
@@ -69,10 +69,11 @@ class MultiScaleQuantizer(nn.Module):
         super().__init__()
         self.schedule = ScaleSchedule(patch_nums)
         num_scales = self.schedule.num_scales
-        if not 1 <= num_phi <= num_scales:
+        if not 1 <= num_phi <= max(num_scales, 4):
             raise ValueError(
-                f"quantizer: num_phi must be in 1..{num_scales} (one phi to one per scale), "
-                f"got {num_phi} (tokenizer.quantizer.num_phi)"
+                f"quantizer: num_phi must be in 1..{max(num_scales, 4)} (1 shared, 4 as "
+                f"published, {num_scales} one per scale), got {num_phi} "
+                f"(tokenizer.quantizer.num_phi)"
             )
         self.vocab_size, self.code_dim = codebook.vocab_size, codebook.code_dim
         self.phi_ratio, self.beta, self.scale_drop = phi_ratio, beta, scale_drop
@@ -98,9 +99,10 @@ class MultiScaleQuantizer(nn.Module):
     def upsample_codes(self, indices: Tensor, k: int) -> Tensor:
         """What the codes of scale k add to f_hat: (B, h_k * w_k) -> (B, D, H, W)."""
         h, w = self.schedule.sizes[k]
-        codes = self.codebook(k).lookup(indices)  # (B, h_k w_k, D)
-        codes = codes.transpose(1, 2).unflatten(2, (h, w))  # (B, D, h_k, w_k)
-        return self.phi(self._resize(codes, "up", k), k)  # (B, D, H, W)
+        with torch.autocast(indices.device.type, enabled=False):
+            codes = self.codebook(k).lookup(indices)  # (B, h_k w_k, D)
+            codes = codes.transpose(1, 2).unflatten(2, (h, w))  # (B, D, h_k, w_k)
+            return self.phi(self._resize(codes, "up", k), k)  # (B, D, H, W)
 
     # -- everything else is told in terms of it -------------------------------------------
 
@@ -143,7 +145,8 @@ class MultiScaleQuantizer(nn.Module):
 
     def next_input(self, f_hat: Tensor, k: int) -> Tensor:
         """What the transformer reads to predict scale k: (B, D, H, W) -> (B, h_k * w_k, D)."""
-        return self._resize(f_hat, "down", k).flatten(2).transpose(1, 2)
+        with torch.autocast(f_hat.device.type, enabled=False):
+            return self._resize(f_hat, "down", k).flatten(2).transpose(1, 2)
 
     def teacher_forcing_input(self, indices: Sequence[Tensor]) -> Tensor:
         """Transformer inputs of every scale after the first that the given codes determine.
@@ -183,7 +186,8 @@ class MultiScaleQuantizer(nn.Module):
 
     def _scales_to_keep(self) -> int:
         num_scales = self.schedule.num_scales
-        if self.training and self.scale_drop > 0 and torch.rand(()) < self.scale_drop:
+        may_drop = self.training and self.scale_drop > 0 and num_scales > 1
+        if may_drop and torch.rand(()) < self.scale_drop:
             return int(torch.randint(1, num_scales, ()))
         return num_scales
 

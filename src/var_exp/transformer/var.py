@@ -84,8 +84,8 @@ class VAR(nn.Module):
             )
         self.schedule = ScaleSchedule(patch_nums)
         self.vocab_size, self.code_dim, self.num_classes = vocab_size, code_dim, num_classes
-        self.width = width or 64 * depth
-        self.num_heads = num_heads or max(1, self.width // 64)
+        self.width = 64 * depth if width is None else width
+        self.num_heads = max(1, self.width // 64) if num_heads is None else num_heads
         self.dropout = nn.Dropout(dropout)
         block_class, head_class = BLOCKS[block]
 
@@ -95,7 +95,7 @@ class VAR(nn.Module):
         self.position = nn.Parameter(torch.empty(1, self.schedule.seq_len, self.width))
         self.level_embedding = nn.Embedding(self.schedule.num_scales, self.width)
         self.shared_modulation = block_class.shared_modulation(self.width)
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             block_class(
                 self.width, self.num_heads, mlp_ratio, qk_norm, softmax_scale, dropout, rate

@@ -1,0 +1,108 @@
+"""Draw images from a checkpoint: numbered PNG files, pictures of the whole, and one npz.
+
+python sample.py ckpt=runs/latest 'classes=[3,7]' num_samples=16 seed=0
+"""
+
+from pathlib import Path
+
+import hydra
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from var_exp.checkpoint import Networks, find_checkpoint, load_networks
+from var_exp.cli import launch, report_errors, table
+from var_exp.evaluation.pictures import class_grid, coarse_to_fine, save_png, to_uint8
+from var_exp.sampling import iterate_samples
+
+SETTINGS = ("seed", "cfg_scale", "top_k", "top_p", "temperature")
+STRIP = 8  # samples that are shown scale by scale
+
+
+def sample(cfg: DictConfig) -> Path:
+    """Draw, write, and return the folder."""
+    path = find_checkpoint(cfg.ckpt)
+    networks = load_networks(path, cfg.weights)
+    if networks.transformer is None:
+        raise ValueError(
+            f"ckpt: {str(path)!r} holds a tokenizer only; expected a checkpoint of the var stage"
+        )
+    labels = choose_labels(cfg.classes, cfg.num_samples, networks)
+    device = choose_device(cfg.device)
+    transformer, tokenizer = networks.transformer.to(device), networks.tokenizer.to(device)
+    batches = iterate_samples(
+        transformer,
+        tokenizer,
+        labels,
+        batch_size=cfg.batch_size,
+        **{name: cfg[name] for name in SETTINGS},
+    )
+    out = Path(cfg.out_dir)
+    pixels, codes = [], []
+    with tqdm(total=len(labels), desc="sampling", unit="image", disable=None) as bar:
+        for ids, samples in batches:
+            pixels.append(to_uint8(samples.images.cpu()))
+            codes.append([scale[: STRIP - ids[0]] for scale in samples.indices])
+            for i, image in zip(ids, pixels[-1], strict=True):
+                save_png(image.permute(1, 2, 0).numpy(), out / f"{i:06d}.png")
+            bar.update(len(ids))
+    write_whole(out, torch.cat(pixels), torch.tensor(labels), first_codes(codes), networks)
+    print(table(f"{len(labels)} samples", {"checkpoint": path, "folder": out}))
+    return out
+
+
+def choose_labels(classes, num_samples: int, networks: Networks) -> list[int]:
+    """One label per sample; the asked classes take turns."""
+    num_classes = networks.transformer.num_classes
+    if num_samples < 1:
+        raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
+    if classes is None or num_classes == 0:
+        return [num_classes] * num_samples
+    asked = list(range(num_classes)) if classes == "all" else list(classes)
+    wrong = [c for c in asked if not isinstance(c, int) or not 0 <= c < num_classes]
+    if wrong or not asked:
+        raise ValueError(
+            f"classes: expected numbers in 0..{num_classes - 1}, all or null, got {asked}"
+        )
+    return [asked[i % len(asked)] for i in range(num_samples)]
+
+
+def choose_device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
+
+
+def first_codes(codes: list[list[Tensor]]) -> list[Tensor]:
+    """Codes of the first STRIP samples, scale by scale."""
+    kept = [batch for batch in codes if len(batch[0])]
+    return [torch.cat(scale) for scale in zip(*kept, strict=True)]
+
+
+def write_whole(
+    out: Path, pixels: Tensor, labels: Tensor, codes: list[Tensor], networks: Networks
+) -> None:
+    """The grid, the strip and the npz of all samples: pixels (N, C, H, W) uint8, labels (N,)."""
+    names = networks.info["class_names"]
+    save_png(class_grid(pixels / 255, labels, names), out / "grid.png")
+    steps = networks.tokenizer.decode(codes, per_scale=True)
+    shown = [[*names, "no class"][label] for label in labels[:STRIP].tolist()]
+    strip = coarse_to_fine(
+        [x.add(1).div(2).cpu() for x in steps], networks.tokenizer.schedule.sizes, shown
+    )
+    save_png(strip, out / "coarse_to_fine.png")
+    array = pixels.permute(0, 2, 3, 1).contiguous().numpy()  # (N, H, W, C)
+    np.savez(out / "samples.npz", arr_0=array, arr_1=labels.numpy())
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="sample")
+@report_errors
+def main(cfg: DictConfig) -> None:
+    sample(cfg)
+
+
+if __name__ == "__main__":
+    launch(main, "sample")
