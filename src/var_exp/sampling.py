@@ -20,8 +20,8 @@ from torch import Tensor
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
 
-# Batches of many samples are multiples of this, which keeps a sample's arithmetic the same to
-# the last bit in batches of different size.
+# Batches of many samples are multiples of this, and are decoded by as many, which keeps a
+# sample's arithmetic the same to the last bit in batches of different size.
 ROWS = 8
 
 
@@ -85,7 +85,7 @@ def generate(
         kept = keep_likeliest(logits / temperature, top_k, top_p)  # (B, n_k, V)
         u = uniforms[:, transformer.schedule.slices[k]].to(kept.device)  # (B, n_k)
         indices.append(draw(kept, u))
-    images = tokenizer.decode(indices).add(1).div(2)
+    images = decode_by_rows(tokenizer, indices).add(1).div(2)
     return Samples(images, indices) if return_indices else images
 
 
@@ -129,6 +129,15 @@ def iterate_samples(
         )
         n = len(chosen)
         yield chosen, Samples(drawn.images[:n], [codes[:n] for codes in drawn.indices])
+
+
+def decode_by_rows(tokenizer: VQVAE, indices: list[Tensor]) -> Tensor:
+    """`tokenizer.decode`, a fixed number of samples at a time.
+
+    Convolutions choose their kernel, and with it the order of their sums, by the batch.
+    """
+    starts = range(0, len(indices[0]), ROWS)
+    return torch.cat([tokenizer.decode([c[i : i + ROWS] for c in indices]) for i in starts])
 
 
 def _round_up(rows: int) -> int:

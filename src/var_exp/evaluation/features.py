@@ -172,8 +172,8 @@ def _load(path: Path, source, seed: int) -> ClassifierFeatures:
     for key, expected in _describe(source, seed).items():
         if about.get(key) != expected:
             raise ValueError(
-                f"evaluation: {path} was trained with {key} = {about.get(key)}, expected {expected}; "
-                f"delete it or choose another path"
+                f"evaluation: {path} was trained with {key} = {about.get(key)}, expected "
+                f"{expected}; delete it or choose another path"
             )
     num_classes = len(weights["head.1.bias"])
     network = ClassifierFeatures(source.image_size, source.channels, num_classes)

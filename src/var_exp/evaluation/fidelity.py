@@ -23,7 +23,7 @@ from torchmetrics import Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.utilities import dim_zero_cat
 
-from var_exp.evaluation.features import FeatureNetwork
+from var_exp.evaluation.features import FeatureNetwork, Features
 from var_exp.evaluation.pictures import to_uint8
 
 Judge = Callable[[Tensor], Tensor]
@@ -84,7 +84,7 @@ class Fidelity(nn.Module):
             f"inception_score_{self.network.name}": self.inception_score.compute().item(),
         }
 
-    def _see(self, images: Tensor):
+    def _see(self, images: Tensor) -> Features:
         low, high = (bound.item() for bound in images.aminmax())
         if not (-0.01 <= low and high <= 1.01):
             raise ValueError(f"evaluation: images must lie in [0, 1], got [{low:g}, {high:g}]")

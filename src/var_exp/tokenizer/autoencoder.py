@@ -143,10 +143,13 @@ class Encoder(nn.Module):
         code_dim: D, channels of the features.
         width: channels at full resolution.
         multipliers: channels of each resolution over `width`; the stride is
-            2 ** (len(multipliers) - 1).
+            patch_size * 2 ** (len(multipliers) - 1).
         num_res_blocks: residual blocks at each resolution, one number for all or one for each.
         attention: attention at the lowest resolution and in the middle.
         dropout: within residual blocks, in [0, 1).
+        patch_size: pixels per side that are folded into channels before the first convolution;
+            the published network has 1. Most of the work of a small network is at full
+            resolution, and this saves it.
 
     Raises:
         ValueError: as many numbers of blocks as resolutions are not given, or the width changes
@@ -162,12 +165,14 @@ class Encoder(nn.Module):
         num_res_blocks: int | Sequence[int] = 2,
         attention: bool = True,
         dropout: float = 0.0,
+        patch_size: int = 1,
     ):
         super().__init__()
-        self.stride = 2 ** (len(multipliers) - 1)
+        self.in_channels, self.patch_size = in_channels, patch_size
+        self.stride = patch_size * 2 ** (len(multipliers) - 1)
         widths, blocks = level_sizes(width, multipliers, num_res_blocks)
         lowest = len(widths) - 1
-        self.conv_in = conv3x3(in_channels, width)
+        self.conv_in = conv3x3(in_channels * patch_size**2, width)
         self.down = nn.ModuleList()
         previous = width
         for i, w in enumerate(widths):
@@ -181,7 +186,7 @@ class Encoder(nn.Module):
         self.conv_out = conv3x3(previous, code_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
         for level in self.down:
             x = level(x)
         x = self.mid(x)  # (B, width', h, w)
@@ -205,8 +210,10 @@ class Decoder(nn.Module):
         num_res_blocks: int | Sequence[int] = 2,
         attention: bool = True,
         dropout: float = 0.0,
+        patch_size: int = 1,
     ):
         super().__init__()
+        self.patch_size = patch_size
         widths, blocks = level_sizes(width, multipliers, num_res_blocks)
         lowest = len(widths) - 1
         self.conv_in = conv3x3(code_dim, widths[-1])
@@ -222,10 +229,11 @@ class Decoder(nn.Module):
             previous = widths[i]
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = group_norm(previous)
-        self.conv_out = conv3x3(previous, out_channels)
+        self.conv_out = conv3x3(previous, out_channels * patch_size**2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.conv_in(x))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, C, H, W)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(x, self.patch_size)  # (B, C, H, W)

@@ -62,7 +62,7 @@ class VQVAE(nn.Module):
 
     @property
     def channels(self) -> int:
-        return self.encoder.conv_in.in_channels
+        return self.encoder.in_channels
 
     def features(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in [-1, 1] -> what the quantizer reads: (B, D, h, w)."""
@@ -98,7 +98,9 @@ class VQVAE(nn.Module):
         With `per_scale` a list of n images each: what is decoded after each scale.
         """
         sums = list(self.quantizer.partial_sums(indices))
-        images = [self.to_images(f).clamp(-1, 1) for f in (sums if per_scale else sums[-1:])]
+        images = [
+            self.to_images(f).float().clamp(-1, 1) for f in (sums if per_scale else sums[-1:])
+        ]
         return images if per_scale else images[0]
 
     def fingerprint(self) -> str:

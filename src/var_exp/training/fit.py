@@ -1,5 +1,6 @@
 """Run one stage: loops, checkpoints, bars, and how long it took."""
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
-from var_exp.checkpoint import read_checkpoint
+from var_exp.checkpoint import find_checkpoint, read_checkpoint
 from var_exp.data import ImageDataModule
 from var_exp.training.bars import progress_bar
 from var_exp.training.progress import BatchProgress
@@ -19,6 +20,14 @@ from var_exp.training.stage import StageModule
 
 # Which validation figure the best checkpoint is chosen by.
 MONITORS = {"tokenizer": ("val/psnr", "max"), "var": ("val/loss", "min")}
+
+UNFIT_ADVICE = (
+    "does not have many workers",  # images in memory need none
+    "module\\(s\\) in eval mode",  # the frozen tokenizer and the average are meant to be
+    "treespec, LeafSpec",  # Lightning's own use of torch
+    "Checkpoint directory",  # resuming writes where it wrote before
+    "Experiment logs directory",
+)
 
 
 class Fitted(NamedTuple):
@@ -66,34 +75,42 @@ def fit_stage(
     folder = run_dir / module.stage
     last = folder / "last.ckpt" if resume == "auto" and (folder / "last.ckpt").exists() else None
     datamodule.plan(batch_size, num_batches)
-    best = best_checkpoint(folder, *MONITORS[module.stage])
-    runner = trainer(
-        default_root_dir=folder,
-        max_epochs=1,
-        check_val_every_n_epoch=None,
-        val_check_interval=min(val_every, num_batches),
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        logger=[make(save_dir=str(run_dir), version=module.stage) for make in loggers],
-        callbacks=[
-            BatchProgress(seed),
-            *callbacks,
-            progress_bar(module.stage),
-            best,
-            last_checkpoint(folder, val_every),
-        ],
-    )
-    started = time.monotonic()
-    if last is None or batches_done(last) < num_batches:
-        with quiet():
+    with quiet():
+        runner = trainer(
+            default_root_dir=folder,
+            max_epochs=1,  # one Lightning epoch is the whole stage
+            check_val_every_n_epoch=None,
+            val_check_interval=min(val_every, num_batches),
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            logger=[make(save_dir=str(run_dir), version=module.stage) for make in loggers],
+            callbacks=[
+                BatchProgress(seed),
+                *callbacks,
+                progress_bar(module.stage),
+                best_checkpoint(folder, *MONITORS[module.stage]),
+                last_checkpoint(folder, min(val_every, num_batches)),
+            ],
+        )
+        started = time.monotonic()
+        if last is None or batches_done(last) < num_batches:
             runner.fit(module, datamodule=datamodule, ckpt_path=last, weights_only=True)
-    seconds = time.monotonic() - started
-    finish(runner.loggers)
-    path = folder / "best.ckpt"
-    module.load_state_dict(read_checkpoint(path)["state_dict"])
+        seconds = time.monotonic() - started
+        finish(runner.loggers)
+        best = use_best_weights(module, folder)
+        runner.logger = None  # the figures of the best weights are no step of training
+        results = runner.validate(module, datamodule=datamodule, verbose=False)[0]
+    metrics = {name.removeprefix("val/"): value for name, value in results.items()}
+    return Fitted(best, metrics, seconds)
+
+
+def use_best_weights(module: StageModule, folder: Path) -> Path:
+    """Load the best checkpoint; give its averaged weights, where there are, to the network."""
+    best = find_checkpoint(folder)
+    module.load_state_dict(read_checkpoint(best)["state_dict"])
     module.network.load_state_dict(module.evaluated.state_dict())
     module.network.eval()
-    return Fitted(path, validate(runner, module, datamodule), seconds)
+    return best
 
 
 def best_checkpoint(folder: Path, monitor: str, mode: str) -> ModelCheckpoint:
@@ -110,13 +127,6 @@ def batches_done(path: Path) -> int:
     return callbacks["BatchProgress"]["batch"]
 
 
-def validate(runner: L.Trainer, module: StageModule, datamodule: ImageDataModule) -> dict:
-    with quiet():
-        runner.logger = None
-        results = runner.validate(module, datamodule=datamodule, verbose=False)[0]
-    return {name.removeprefix("val/"): value for name, value in results.items()}
-
-
 def finish(loggers: Sequence[Logger]) -> None:
     """Close what a stage's loggers hold open, or the next stage would go on in their runs."""
     for logger in loggers:
@@ -127,8 +137,14 @@ def finish(loggers: Sequence[Logger]) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide Lightning's advice that does not hold here: few workers suit images in memory."""
-    with warnings.catch_warnings():
-        for message in ("does not have many workers", "Checkpoint directory", "exists and is not"):
-            warnings.filterwarnings("ignore", message=f".*{message}")
-        yield
+    """Hide Lightning's advertising, and advice that does not hold here."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in UNFIT_ADVICE:
+                warnings.filterwarnings("ignore", message=f".*{message}")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,133 @@
+"""Attention is the softmax written out, and a cache changes nothing but the time it takes."""
+
+import math
+
+import pytest
+import torch
+
+from tiny import ODD_SCALES, SCALES, stir
+from var_exp.scales import ScaleSchedule
+from var_exp.transformer import KVCache
+from var_exp.transformer.attention import SelfAttention
+
+WIDTH, HEADS, HEAD_DIM = 12, 3, 4
+ALL = {"five": SCALES, **ODD_SCALES}
+
+
+def attention(qk_norm, **others):
+    return stir(SelfAttention(WIDTH, HEADS, qk_norm, **others)).eval()
+
+
+def slow_attention(module, x, levels, key_bias=None):
+    """Each query alone, head by head, in float64."""
+    qkv = x.double() @ module.qkv.weight.double().T  # (B, L, 3C)
+    q, k, v = qkv.split(WIDTH, dim=-1)
+    q, v = q + module.q_bias, v + module.v_bias
+    k = k if key_bias is None else k + key_bias
+    out = torch.zeros_like(q)
+    for b in range(len(x)):
+        for head in range(HEADS):
+            part = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+            for i, level in enumerate(levels):
+                query, scale = q[b, i, part], module.scale
+                keys, values = k[b, levels <= level, part], v[b, levels <= level, part]
+                if module.log_scale is not None:
+                    query, keys = query / query.norm(), keys / keys.norm(dim=1, keepdim=True)
+                    scale = min(math.exp(module.log_scale[0, head, 0, 0]), 100.0)
+                out[b, i, part] = (scale * keys @ query).softmax(0) @ values
+    return out @ module.proj.weight.double().T + module.proj.bias
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("softmax_scale", [1.0, 0.25])
+@torch.no_grad()
+def test_masked_attention_is_the_written_out_softmax_over_coarser_and_equal_scales(
+    qk_norm, softmax_scale
+):
+    module = attention(qk_norm, softmax_scale=softmax_scale)
+    levels = ScaleSchedule([1, 2, 3]).level_ids()
+    x = torch.randn(2, len(levels), WIDTH)
+    out = module(x, mask=levels[:, None] >= levels[None, :])
+    expected = slow_attention(module, x, levels).float()
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("patch_nums", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("qk_norm", [False, True])
+@torch.no_grad()
+def test_scale_by_scale_with_the_cache_equals_all_at_once_without(patch_nums, qk_norm):
+    module, schedule = attention(qk_norm), ScaleSchedule(patch_nums)
+    levels = schedule.level_ids()
+    x = torch.randn(2, schedule.seq_len, WIDTH)
+    full = module(x, mask=levels[:, None] >= levels[None, :])
+    cache = KVCache(1, 2, HEADS, schedule.seq_len, HEAD_DIM, torch.float32, torch.device("cpu"))
+    for where in schedule.slices:
+        out = module(x[:, where], cache=cache.layer(0), where=where)
+        torch.testing.assert_close(out, full[:, where], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_layers_of_a_cache_do_not_touch_each_other_nor_what_is_not_written():
+    cache = KVCache(3, 2, HEADS, 5, HEAD_DIM, torch.float32, torch.device("cpu"))
+    cache.keys.fill_(7), cache.values.fill_(7)
+    k, v = torch.randn(2, 2, HEADS, 4, HEAD_DIM)
+    keys, values = cache.layer(1).extend(k, v, slice(1, 5))
+    assert keys.shape == values.shape == (2, HEADS, 5, HEAD_DIM)
+    assert torch.equal(keys[:, :, 1:], k) and torch.equal(values[:, :, 1:], v)
+    assert (cache.keys[[0, 2]] == 7).all() and (cache.values[[0, 2]] == 7).all()
+    assert (keys[:, :, :1] == 7).all() and (values[:, :, :1] == 7).all()
+
+
+@torch.no_grad()
+def test_a_bias_of_the_keys_would_change_nothing_under_softmax():
+    module, levels = attention(qk_norm=False), torch.zeros(6)
+    x = torch.randn(2, 6, WIDTH)
+    biased = slow_attention(module, x, levels, key_bias=3 * torch.randn(WIDTH))
+    torch.testing.assert_close(module(x), biased.float(), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_learned_scale_of_qk_norm_starts_at_4_and_is_limited_to_100():
+    module = SelfAttention(WIDTH, HEADS, qk_norm=True)
+    assert module.log_scale.shape == (1, HEADS, 1, 1)
+    torch.testing.assert_close(module.log_scale.exp(), torch.full((1, HEADS, 1, 1), 4.0))
+    x = torch.randn(2, 6, WIDTH)
+
+    def at(scale):
+        module.log_scale.fill_(math.log(scale))
+        return module(x)
+
+    assert torch.equal(at(1000), at(100)) and torch.equal(at(101), at(100))
+    assert not torch.allclose(at(90), at(100), atol=1e-6)
+
+
+def test_the_limit_cuts_the_gradient_of_a_scale_beyond_it():
+    module = attention(qk_norm=True)
+    module.log_scale.data[0, :, 0, 0] = torch.tensor([math.log(50), math.log(200), math.log(300)])
+    module(torch.randn(2, 6, WIDTH)).square().sum().backward()
+    gradient = module.log_scale.grad.flatten()
+    assert gradient[0] != 0 and (gradient[1:] == 0).all()
+
+
+@torch.no_grad()
+def test_with_qk_norm_the_length_of_queries_and_keys_does_not_matter():
+    module, plain = attention(qk_norm=True), attention(qk_norm=False)
+    x = torch.randn(2, 6, WIDTH)
+    for network, invariant in ((module, True), (plain, False)):
+        network.q_bias.zero_()
+        before = network(x)
+        network.qkv.weight[: 2 * WIDTH] *= 3  # q and k, not v
+        assert torch.allclose(network(x), before, atol=1e-5) == invariant
+
+
+@pytest.mark.parametrize(("width", "num_heads"), [(10, 3), (8, 0), (8, 16)])
+def test_a_width_that_the_heads_do_not_divide_is_refused(width, num_heads):
+    with pytest.raises(ValueError, match=f"got width {width} and {num_heads} heads"):
+        SelfAttention(width, num_heads, qk_norm=False)
+
+
+def test_dropout_acts_in_training_only():
+    module, x = attention(qk_norm=False, dropout=0.5), torch.randn(2, 6, WIDTH)
+    assert torch.equal(module(x), module(x))
+    module.train()
+    assert not torch.equal(module(x), module(x))
