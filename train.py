@@ -31,11 +31,13 @@ from var_exp.transformer import VAR
 
 def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     """Run the configured stages; all final metrics, keyed `stage/metric`."""
+    if cfg.num_threads:
+        torch.set_num_threads(cfg.num_threads)
     data = make_data(cfg)
     tokenizer = make_tokenizer(cfg, data.source, run_dir)
     modules = make_modules(cfg, data.source, tokenizer)  # all of them: mistakes show now
     evaluator = make_evaluator(cfg, data.source, run_dir)
-    point_latest(run_dir)
+    point_latest(Path(cfg.runs_dir), run_dir)
 
     metrics = {}
     for stage, module in modules.items():
@@ -43,7 +45,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         scores = finish[stage](cfg, module, evaluator, run_dir)
         results = fitted.metrics | scores | {"seconds": fitted.seconds}
         metrics |= {f"{stage}/{name}": value for name, value in results.items()}
-        (run_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        write_metrics(metrics, run_dir / "metrics.json")
     print(table(f"{cfg.name}: what was reached", summary(metrics, run_dir)))
     return metrics
 
@@ -71,6 +73,11 @@ def make_tokenizer(cfg: DictConfig, source: ImageSource, run_dir: Path) -> VQVAE
         )
     else:
         given = cfg.tokenizer_ckpt or run_dir
+        if given == run_dir and not (run_dir / "tokenizer").is_dir():
+            raise ValueError(
+                "stages: [var] alone needs a trained tokenizer; set tokenizer_ckpt=PATH to a "
+                "checkpoint or run folder that has one"
+            )
         tokenizer = load_networks(find_checkpoint(given, stages=("tokenizer", "var"))).tokenizer
     if tokenizer.schedule.patch_nums != OmegaConf.to_container(cfg.scales.patch_nums):
         raise ValueError(
@@ -162,6 +169,13 @@ def finish_var(cfg: DictConfig, module, evaluator: Evaluator, run_dir: Path) -> 
 
 
 finish = {"tokenizer": finish_tokenizer, "var": finish_var}
+
+
+def write_metrics(metrics: dict[str, float], path: Path) -> None:
+    beside = path.with_suffix(".json.new")
+    beside.write_text(json.dumps(metrics, indent=2) + "\n")
+    beside.replace(path)
+
 
 SHOWN = ("psnr", "loss", "acc", "class_accuracy", "seconds")
 

@@ -1,5 +1,6 @@
 """The command line around Hydra: what a person sees when something is wrong, and at the end."""
 
+import contextlib
 import difflib
 import functools
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -58,7 +60,7 @@ def _flatten(tree: Mapping, prefix: str = "") -> list[str]:
 def report_errors(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], object]:
     """Turn a user's mistake into one line and exit code 1, and leave no empty run folder.
 
-    Mistakes are ValueErrors, and arguments that a constructor does not know. The whole
+    Mistakes are ValueErrors, and arguments that no constructor knows (`+key=value`). The whole
     traceback comes with HYDRA_FULL_ERROR=1.
     """
 
@@ -66,10 +68,12 @@ def report_errors(function: Callable[[DictConfig], object]) -> Callable[[DictCon
     def wrapped(config: DictConfig) -> object:
         try:
             return function(config)
-        except (ValueError, HydraException, OmegaConfBaseException) as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        except (ValueError, TypeError, HydraException, OmegaConfBaseException) as error:
+            unknown = "unexpected keyword argument" in str(error)
+            ours = not isinstance(error, TypeError) or unknown
+            if os.environ.get("HYDRA_FULL_ERROR") == "1" or not ours:
                 raise
-            remove_if_unused(Path(config.run_dir))
+            remove_if_unused(Path(HydraConfig.get().runtime.output_dir))
             sys.exit(f"error: {first_cause(error)}")
 
     return wrapped
@@ -89,14 +93,16 @@ def remove_if_unused(run_dir: Path) -> None:
         path.name == ".hydra" or path.suffix == ".log" for path in run_dir.iterdir()
     ):
         shutil.rmtree(run_dir)
+        with contextlib.suppress(OSError):  # holds other runs
+            run_dir.parent.rmdir()
 
 
-def point_latest(run_dir: Path) -> None:
-    """Make `latest`, beside the folders of experiments, point to this run."""
-    latest = run_dir.parent.parent / "latest"
-    beside = latest.with_name(f".latest.{os.getpid()}")
-    beside.symlink_to(os.path.relpath(run_dir, latest.parent), target_is_directory=True)
-    os.replace(beside, latest)
+def point_latest(runs_dir: Path, run_dir: Path) -> None:
+    """Make `runs_dir / latest` point to this run."""
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    beside = runs_dir / f".latest.{os.getpid()}"
+    beside.symlink_to(os.path.relpath(run_dir, runs_dir), target_is_directory=True)
+    os.replace(beside, runs_dir / "latest")
 
 
 def table(title: str, rows: Mapping[str, object]) -> str:

@@ -18,6 +18,7 @@ from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
 
 MAX_REFERENCE = 10_000  # training images that a Fréchet distance compares with
+MAX_ROWS = 20  # classes that a picture of samples shows
 
 
 class Drawn(NamedTuple):
@@ -105,9 +106,9 @@ class Evaluator:
     # -- pictures -------------------------------------------------------------------------
 
     def draw_per_class(self, transformer: VAR, tokenizer: VQVAE, num_per_class: int) -> Drawn:
-        """A row of samples for each class, and the first of each scale by scale."""
-        num_classes = max(1, self.source.num_classes)
-        labels = self.labels(num_per_class * num_classes)
+        """A row of samples for each of the first classes, and one of each scale by scale."""
+        num_rows = min(max(1, self.source.num_classes), MAX_ROWS)
+        labels = [i % num_rows for i in range(num_per_class * num_rows)]
         drawn = [samples for _, samples in self._draw(transformer, tokenizer, labels)]
         images = torch.cat([samples.images for samples in drawn]).cpu()
         codes = [
@@ -117,7 +118,7 @@ class Evaluator:
         steps = [x.add(1).div(2).cpu() for x in tokenizer.decode(codes, per_scale=True)]
         names = list(self.source.class_names)
         grid = class_grid(images, torch.tensor(labels), names, columns=num_per_class)
-        return Drawn(grid, coarse_to_fine(steps, tokenizer.schedule.sizes, names))
+        return Drawn(grid, coarse_to_fine(steps, tokenizer.schedule.sizes, names[:num_rows]))
 
     def reconstruction_picture(self, tokenizer: VQVAE, num_images: int) -> np.ndarray:
         """The first validation images, and what each scale makes of them: uint8 (H, W, 3)."""
@@ -148,10 +149,13 @@ class Evaluator:
 def _batches(
     source: Any, dataset: Any, size: int, limit: int | None = None
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """Images (B, C, H, W) in [-1, 1] and labels (B,) of a source's set, in order."""
-    count = min(len(dataset), limit or len(dataset))
-    for start in range(0, count, size):
-        items = [dataset[i] for i in range(start, min(start + size, count))]
+    """Images (B, C, H, W) in [-1, 1] and labels (B,), in order, or of `limit` drawn ones."""
+    chosen = range(len(dataset))
+    if limit is not None and limit < len(dataset):
+        # Not the first ones: sets on disk are often sorted by class.
+        chosen = np.random.default_rng(0).permutation(len(dataset))[:limit].tolist()
+    for start in range(0, len(chosen), size):
+        items = [dataset[i] for i in chosen[start : start + size]]
         images = torch.stack([source.val_transform(image) for image, _ in items])
         yield images, torch.tensor([label for _, label in items])
 

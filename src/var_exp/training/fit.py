@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from var_exp.checkpoint import find_checkpoint, read_checkpoint
@@ -27,6 +27,7 @@ UNFIT_ADVICE = (
     "treespec, LeafSpec",  # Lightning's own use of torch
     "Checkpoint directory",  # resuming writes where it wrote before
     "Experiment logs directory",
+    "your dataloader is not resumable",  # its batches are a function of their number
 )
 
 
@@ -89,7 +90,7 @@ def fit_stage(
                 *callbacks,
                 progress_bar(module.stage),
                 best_checkpoint(folder, *MONITORS[module.stage]),
-                last_checkpoint(folder, min(val_every, num_batches)),
+                LastCheckpoint(folder),
             ],
         )
         started = time.monotonic()
@@ -117,8 +118,19 @@ def best_checkpoint(folder: Path, monitor: str, mode: str) -> ModelCheckpoint:
     return ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
 
 
-def last_checkpoint(folder: Path, every: int) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, "last", every_n_train_steps=every, enable_version_counter=False)
+class LastCheckpoint(Checkpoint):
+    """Save `last.ckpt` after each validation, once the best checkpoint is decided.
+
+    Lightning's own counts optimizer steps, not batches, and saves before it validates: a run
+    continued from there would lack that validation.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / "last.ckpt"
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            trainer.save_checkpoint(self.path)
 
 
 def batches_done(path: Path) -> int:

@@ -37,9 +37,13 @@ class BatchProgress(Callback):
         trainer.datamodule.start_batch = self.batch
 
     def on_train_batch_start(self, trainer: L.Trainer, module: StageModule, batch, i: int) -> None:
+        total = trainer.datamodule.num_batches
+        if self.batch + 1 == total:
+            # Lightning validates every n batches only; the last one may be none of them.
+            trainer.val_check_batch = 1
         words = np.random.SeedSequence([self.seed, self.batch, trainer.global_rank])
         torch.manual_seed(int(words.generate_state(1)[0]))
-        module.on_progress(self.batch / trainer.datamodule.num_batches)
+        module.on_progress(self.batch / total)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: StageModule, outputs, batch, i: int

@@ -1,0 +1,148 @@
+"""Who may import whom, and what no file may do: read from the sources, without running them."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "var_exp"
+SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
+SOURCES = sorted(PACKAGE.rglob("*.py")) + SCRIPTS
+TESTS = sorted((ROOT / "tests").glob("*.py"))
+
+NETWORKS = {"scales", "spec", "tokenizer", "transformer"}
+
+# room: the rooms of ours that it may import, besides itself.
+MAY_IMPORT = {
+    "__init__": {"api", "sampling", "scales"},
+    "scales": set(),
+    "spec": set(),
+    "tokenizer": {"scales", "spec"},
+    "transformer": {"scales", "spec"},
+    "api": NETWORKS,
+    "sampling": NETWORKS,
+    "checkpoint": NETWORKS,
+    "data": {"scales"},
+    "evaluation": NETWORKS | {"sampling", "checkpoint"},
+    "training": NETWORKS | {"sampling", "checkpoint", "data", "evaluation"},
+    "cli": set(),
+}
+
+# Libraries that only some rooms may know.
+ONLY_IN = {
+    "lightning": {"training", "data"},
+    "pytorch_lightning": set(),
+    "hydra": {"cli"},
+    "omegaconf": {"cli"},
+    "wandb": {"training"},
+}
+
+each_source = pytest.mark.parametrize(
+    "path", SOURCES, ids=[str(p.relative_to(ROOT)) for p in SOURCES]
+)
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def imports(path: Path) -> list[str]:
+    """Every module that a file imports, wherever in it, as full dotted names."""
+    names = []
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def our_rooms(path: Path) -> set[str]:
+    ours = [name.split(".") for name in imports(path) if name.split(".")[0] == "var_exp"]
+    assert all(len(parts) > 1 for parts in ours), f"{path}: imports the whole package"
+    return {parts[1] for parts in ours}
+
+
+@each_source
+def test_a_room_imports_only_the_rooms_it_may(path):
+    if path in SCRIPTS:
+        assert our_rooms(path) <= set(MAY_IMPORT)
+        return
+    room = room_of(path)
+    assert our_rooms(path) <= MAY_IMPORT[room] | {room}
+
+
+def test_every_room_of_the_package_is_in_the_table_and_exists():
+    assert {room_of(path) for path in PACKAGE.rglob("*.py")} == set(MAY_IMPORT)
+
+
+@each_source
+def test_libraries_stay_in_their_rooms(path):
+    libraries = {name.split(".")[0] for name in imports(path)}
+    room = "cli" if path in SCRIPTS else room_of(path)
+    for library, rooms in ONLY_IN.items():
+        assert library not in libraries or room in rooms, f"{library} in {path}"
+
+
+@each_source
+def test_nothing_is_imported_by_wildcard(path):
+    assert not [name for name in imports(path) if name.endswith(".*")]
+
+
+def run_at_import(tree: ast.AST):
+    """The nodes that importing a file runs: all but the bodies of functions and of `main`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from run_at_import(node)
+
+
+def called(nodes) -> set[str]:
+    return {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+
+
+@each_source
+def test_importing_a_file_prints_nothing_and_starts_nothing(path):
+    calls = called(run_at_import(tree_of(path)))
+    forbidden = ("print", "subprocess.", "os.system", "os.popen", "exec", "eval")
+    assert not [call for call in calls if call.startswith(forbidden)]
+
+
+@each_source
+def test_constructors_print_nothing_and_nothing_is_moved_to_a_fixed_device(path):
+    tree = tree_of(path)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            assert "print" not in called(ast.walk(node))
+    assert not [call for call in called(ast.walk(tree)) if call.endswith(".cuda")]
+
+
+@pytest.mark.parametrize("path", SOURCES + TESTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_is_small_enough_to_see(path):
+    assert len(path.read_text().splitlines()) < 400
+
+
+@each_source
+def test_a_file_opens_with_its_idea(path):
+    assert ast.get_docstring(tree_of(path))
+
+
+def test_the_core_loads_quietly_and_without_the_training_frameworks():
+    code = (
+        "import sys, var_exp, var_exp.checkpoint; "
+        "assert not {'lightning', 'hydra', 'omegaconf', 'wandb'} & set(sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == ""
