@@ -112,8 +112,7 @@ class Evaluator:
         drawn = [samples for _, samples in self._draw(transformer, tokenizer, labels)]
         images = torch.cat([samples.images for samples in drawn]).cpu()
         codes = [
-            torch.cat(scale)[:num_classes]
-            for scale in zip(*(s.indices for s in drawn), strict=True)
+            torch.cat(scale)[:num_rows] for scale in zip(*(s.indices for s in drawn), strict=True)
         ]
         steps = [x.add(1).div(2).cpu() for x in tokenizer.decode(codes, per_scale=True)]
         names = list(self.source.class_names)

@@ -1,11 +1,14 @@
 """Loggers, and how pictures reach them."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import wandb
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 
 def wandb_logger(save_dir: str, version: str, project: str, **options) -> WandbLogger:
@@ -30,6 +33,26 @@ def wandb_logger(save_dir: str, version: str, project: str, **options) -> WandbL
         save_dir=save_dir,
         **options,
     )
+
+
+class ContinuedCSVLogger(CSVLogger):
+    """Lightning's CSV logger, which goes on in the file of an interrupted run.
+
+    The original deletes it. Rows that the interrupted run logged after its last checkpoint
+    stand twice; for readers the later one counts.
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        if self._experiment is None:
+            path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
+            earlier = path.read_text() if path.exists() else ""
+            self._experiment = ExperimentWriter(self.log_dir)
+            if earlier:
+                path.write_text(earlier)
+                self._experiment.metrics_keys = earlier.splitlines()[0].split(",")
+        return self._experiment
 
 
 def log_picture(trainer: Trainer, key: str, picture: np.ndarray) -> None:
