@@ -44,11 +44,13 @@ def sample(cfg: DictConfig) -> Path:
     with tqdm(total=len(labels), desc="sampling", unit="image", disable=None) as bar:
         for ids, samples in batches:
             pixels.append(to_uint8(samples.images.cpu()))
-            codes.append([scale[: STRIP - ids[0]] for scale in samples.indices])
+            if ids[0] < STRIP:
+                codes.append([scale[: STRIP - ids[0]] for scale in samples.indices])
             for i, image in zip(ids, pixels[-1], strict=True):
                 save_png(image.permute(1, 2, 0).numpy(), out / f"{i:06d}.png")
             bar.update(len(ids))
-    write_whole(out, torch.cat(pixels), torch.tensor(labels), first_codes(codes), networks)
+    first = [torch.cat(scale) for scale in zip(*codes, strict=True)]  # K x (up to STRIP, n_k)
+    write_whole(out, torch.cat(pixels), torch.tensor(labels), first, networks)
     print(table(f"{len(labels)} samples", {"checkpoint": path, "folder": out}))
     return out
 
@@ -60,32 +62,33 @@ def choose_labels(classes, num_samples: int, networks: Networks) -> list[int]:
         raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
     if classes is None or num_classes == 0:
         return [num_classes] * num_samples
-    asked = list(range(num_classes)) if classes == "all" else list(classes)
-    wrong = [c for c in asked if not isinstance(c, int) or not 0 <= c < num_classes]
-    if wrong or not asked:
+    asked = range(num_classes) if classes == "all" else classes
+    if isinstance(asked, int | str) or not asked or not set(asked) <= set(range(num_classes)):
         raise ValueError(
-            f"classes: expected numbers in 0..{num_classes - 1}, all or null, got {asked}"
+            f"classes: expected a list of numbers in 0..{num_classes - 1}, all or null, got {asked}"
         )
     return [asked[i % len(asked)] for i in range(num_samples)]
 
 
 def choose_device(name: str) -> torch.device:
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError):  # no such device, or torch built without it
+            raise ValueError(f"device: expected auto, cpu, cuda or mps, got {name!r}") from None
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator or torch.device("cpu")
-
-
-def first_codes(codes: list[list[Tensor]]) -> list[Tensor]:
-    """Codes of the first STRIP samples, scale by scale."""
-    kept = [batch for batch in codes if len(batch[0])]
-    return [torch.cat(scale) for scale in zip(*kept, strict=True)]
 
 
 def write_whole(
     out: Path, pixels: Tensor, labels: Tensor, codes: list[Tensor], networks: Networks
 ) -> None:
-    """The grid, the strip and the npz of all samples: pixels (N, C, H, W) uint8, labels (N,)."""
+    """The grid, the strip and the npz of all samples.
+
+    Args:
+        pixels, labels: (N, C, H, W) uint8 and (N,).
+        codes: of the first STRIP samples, scale by scale.
+    """
     names = networks.info["class_names"]
     save_png(class_grid(pixels / 255, labels, names), out / "grid.png")
     steps = networks.tokenizer.decode(codes, per_scale=True)

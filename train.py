@@ -7,7 +7,6 @@ python train.py --cfg job                what would run
 """
 
 import functools
-import json
 from pathlib import Path
 
 import hydra
@@ -16,13 +15,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from tqdm import tqdm
 
 from var_exp.checkpoint import find_checkpoint, load_networks
-from var_exp.cli import launch, point_latest, report_errors, table
+from var_exp.cli import launch, point_latest, report_errors, summary, write_metrics
 from var_exp.data import ImageDataModule, ImageSource
 from var_exp.evaluation.evaluator import Evaluator
-from var_exp.evaluation.pictures import save_png
 from var_exp.tokenizer import VQVAE
 from var_exp.training.fit import fit_stage
 from var_exp.training.stage import StageModule
@@ -42,11 +39,11 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     metrics = {}
     for stage, module in modules.items():
         fitted = fit(cfg, module, data, evaluator, run_dir)
-        scores = finish[stage](cfg, module, evaluator, run_dir)
+        scores = module.final_scores(evaluator, run_dir / "samples")
         results = fitted.metrics | scores | {"seconds": fitted.seconds}
         metrics |= {f"{stage}/{name}": value for name, value in results.items()}
         write_metrics(metrics, run_dir / "metrics.json")
-    print(table(f"{cfg.name}: what was reached", summary(metrics, run_dir)))
+    print(summary(cfg.name, metrics, run_dir))
     return metrics
 
 
@@ -126,12 +123,13 @@ def make_evaluator(cfg: DictConfig, source: ImageSource, run_dir: Path) -> Evalu
         source,
         features(run_dir / "evaluation" / "classifier.pt", source),
         OmegaConf.to_container(cfg.sampling),
-        cfg.seed,
-        cfg.evaluation.batch_size,
+        num_samples=cfg.evaluation.num_samples,
+        batch_size=cfg.evaluation.batch_size,
+        seed=cfg.seed,
     )
 
 
-# -- a stage, and what is made of it ------------------------------------------------------
+# -- one stage ------------------------------------------------------
 
 
 def fit(cfg: DictConfig, module: StageModule, data, evaluator: Evaluator, run_dir: Path):
@@ -151,43 +149,6 @@ def fit(cfg: DictConfig, module: StageModule, data, evaluator: Evaluator, run_di
         loggers=[instantiate(c) for c in cfg.logger.values()],
         resume=cfg.resume,
     )
-
-
-def finish_tokenizer(cfg: DictConfig, module, evaluator: Evaluator, run_dir: Path) -> dict:
-    picture = evaluator.reconstruction_picture(module.tokenizer, num_images=12)
-    save_png(picture, run_dir / "samples" / "reconstructions.png")
-    return evaluator.score_reconstructions(module.tokenizer)
-
-
-def finish_var(cfg: DictConfig, module, evaluator: Evaluator, run_dir: Path) -> dict:
-    drawn = evaluator.draw_per_class(module.transformer, module.tokenizer, num_per_class=10)
-    save_png(drawn.grid, run_dir / "samples" / "grid.png")
-    save_png(drawn.strip, run_dir / "samples" / "coarse_to_fine.png")
-    num_samples = cfg.evaluation.num_samples
-    bar = functools.partial(tqdm, desc="scoring", unit="batch", disable=None)
-    return evaluator.score_samples(module.transformer, module.tokenizer, num_samples, bar)
-
-
-finish = {"tokenizer": finish_tokenizer, "var": finish_var}
-
-
-def write_metrics(metrics: dict[str, float], path: Path) -> None:
-    beside = path.with_suffix(".json.new")
-    beside.write_text(json.dumps(metrics, indent=2) + "\n")
-    beside.replace(path)
-
-
-SHOWN = ("psnr", "loss", "acc", "class_accuracy", "seconds")
-
-
-def summary(metrics: dict[str, float], run_dir: Path) -> dict[str, object]:
-    """What the table at the end shows, of all that `metrics.json` holds."""
-    rows: dict[str, object] = {
-        name: value
-        for name, value in metrics.items()
-        if name.split("/")[1] in SHOWN or "fid" in name or "inception" in name
-    }
-    return rows | {"run folder": run_dir, "pictures": run_dir / "samples"}
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="train")

@@ -65,7 +65,7 @@ def test_psnr_is_of_each_image_alone_and_finite_for_equal_ones():
     a, b = pair()
     values = psnr(a, b)
     for i in range(2):
-        mse = sum((x - y) ** 2 for x, y in zip(*map(lambda t: t[i].flatten().tolist(), (a, b)),
-                                               strict=True)) / 60
+        pixels = zip(a[i].flatten().tolist(), b[i].flatten().tolist(), strict=True)
+        mse = sum((x - y) ** 2 for x, y in pixels) / 60
         assert abs(values[i] - 10 * math.log10(4 / mse)) < 1e-4
     assert torch.isfinite(psnr(a, a)).all() and psnr(a, a).min() > 100

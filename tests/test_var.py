@@ -218,9 +218,7 @@ def test_dropout_and_drop_path_act_in_training_only(argument, block):
     inputs, labels = inputs_for(network), torch.tensor([0, 1])
     assert torch.equal(network(inputs, labels), network(inputs, labels))
     network.train()
-    assert any(
-        not torch.equal(network(inputs, labels), network(inputs, labels)) for _ in range(10)
-    )
+    assert any(not torch.equal(network(inputs, labels), network(inputs, labels)) for _ in range(10))
 
 
 def test_drop_path_grows_linearly_over_the_blocks():

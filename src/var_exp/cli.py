@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import functools
+import json
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+SHOWN = ("psnr", "loss", "acc", "class_accuracy", "seconds")
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
@@ -103,6 +105,24 @@ def point_latest(runs_dir: Path, run_dir: Path) -> None:
     beside = runs_dir / f".latest.{os.getpid()}"
     beside.symlink_to(os.path.relpath(run_dir, runs_dir), target_is_directory=True)
     os.replace(beside, runs_dir / "latest")
+
+
+def write_metrics(metrics: Mapping[str, float], path: Path) -> None:
+    """Write flat JSON beside its place, then move it there."""
+    beside = path.with_suffix(".json.new")
+    beside.write_text(json.dumps(metrics, indent=2) + "\n")
+    beside.replace(path)
+
+
+def summary(name: str, metrics: Mapping[str, float], run_dir: Path) -> str:
+    """The table at the end of a run: the figures that say most, and where the rest is."""
+    rows: dict[str, object] = {
+        key: value
+        for key, value in metrics.items()
+        if key.split("/")[1] in SHOWN or "fid" in key or "inception" in key
+    }
+    rows |= {"all figures": run_dir / "metrics.json", "pictures": run_dir / "samples"}
+    return table(f"{name}: what was reached", rows)
 
 
 def table(title: str, rows: Mapping[str, object]) -> str:

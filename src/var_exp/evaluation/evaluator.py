@@ -3,16 +3,19 @@
 B batch, N samples, K scales
 """
 
+import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from var_exp.evaluation.features import FeatureNetwork
 from var_exp.evaluation.fidelity import Fidelity, Judge, class_accuracy
-from var_exp.evaluation.pictures import class_grid, coarse_to_fine, reconstructions
+from var_exp.evaluation.pictures import class_grid, coarse_to_fine, reconstructions, save_png
 from var_exp.sampling import iterate_samples
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
@@ -35,8 +38,9 @@ class Evaluator:
         source: a `var_exp.data.ImageSource` that has been set up.
         network: the features in which samples are compared with training images.
         settings: how samples are drawn; arguments of `var_exp.sampling.generate`.
-        seed: of the samples.
+        num_samples: how many the final scores are measured on.
         batch_size: samples at once.
+        seed: of the samples.
     """
 
     def __init__(
@@ -44,11 +48,13 @@ class Evaluator:
         source: Any,
         network: FeatureNetwork,
         settings: dict[str, Any],
-        seed: int = 0,
+        num_samples: int = 500,
         batch_size: int = 100,
+        seed: int = 0,
     ):
         self.source, self.network = source, network
-        self.settings, self.seed, self.batch_size = settings, seed, batch_size
+        self.settings, self.seed = settings, seed
+        self.num_samples, self.batch_size = num_samples, batch_size
         self.fidelity = Fidelity(network)
         self._has_reference = False
 
@@ -69,18 +75,16 @@ class Evaluator:
     # -- scores ---------------------------------------------------------------------------
 
     def score_samples(
-        self, transformer: VAR, tokenizer: VQVAE, num_samples: int, bar: Any = lambda x: x
+        self, transformer: VAR, tokenizer: VQVAE, num_samples: int
     ) -> dict[str, float]:
-        """FID, Inception Score and, with classes, the share that the judge finds right.
-
-        Args:
-            bar: wraps an iterable of batches to show progress.
-        """
+        """FID, Inception Score and, with classes, the share that the judge finds right."""
         self._read_reference()
         self.fidelity.reset(keep_real=True)
         labels = self.labels(num_samples)
         hits = 0.0
-        for ids, samples in bar(self._draw(transformer, tokenizer, labels)):
+        drawn = self._draw(transformer, tokenizer, labels)
+        total = math.ceil(num_samples / self.batch_size)
+        for ids, samples in tqdm(drawn, "scoring samples", total, leave=False, disable=None):
             images = samples.images.cpu()
             self.fidelity.update_fake(images, torch.tensor(ids))
             if self.judge is not None:
@@ -102,6 +106,21 @@ class Evaluator:
             rebuilt += class_accuracy(decoded, labels, self.judge) * len(labels)
             count += len(labels)
         return {"class_accuracy_real": real / count, "class_accuracy": rebuilt / count}
+
+    # -- at the end of a stage ------------------------------------------------------------
+
+    def conclude_tokenizer(self, tokenizer: VQVAE, folder: Path) -> dict[str, float]:
+        """Write `reconstructions.png` and return the scores of reconstructions."""
+        picture = self.reconstruction_picture(tokenizer, num_images=12)
+        save_png(picture, folder / "reconstructions.png")
+        return self.score_reconstructions(tokenizer)
+
+    def conclude_var(self, transformer: VAR, tokenizer: VQVAE, folder: Path) -> dict[str, float]:
+        """Write `grid.png` and `coarse_to_fine.png` and return the scores of samples."""
+        drawn = self.draw_per_class(transformer, tokenizer, num_per_class=10)
+        save_png(drawn.grid, folder / "grid.png")
+        save_png(drawn.strip, folder / "coarse_to_fine.png")
+        return self.score_samples(transformer, tokenizer, self.num_samples)
 
     # -- pictures -------------------------------------------------------------------------
 

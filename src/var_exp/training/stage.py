@@ -6,6 +6,7 @@ checkpoint says about itself.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from var_exp.checkpoint import KEY, describe
+from var_exp.evaluation.evaluator import Evaluator
 from var_exp.training.average import averaged_copy, update_average
 from var_exp.training.optim import param_groups
 
@@ -59,6 +61,10 @@ class StageModule(L.LightningModule):
     def evaluated(self) -> nn.Module:
         """The network that validation and sampling use: the average where there is one."""
         return getattr(self, f"averaged_{self.network_name}", self.network)
+
+    def final_scores(self, evaluator: Evaluator, folder: Path) -> dict[str, float]:
+        """Measure the finished network, and write its pictures into `folder`."""
+        raise NotImplementedError
 
     def keep_average(self) -> None:
         """Called once the network is in place."""

@@ -5,11 +5,13 @@ a tokenizer is trained with take two optimizers.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from var_exp.evaluation.evaluator import Evaluator
 from var_exp.tokenizer import VQVAE
 from var_exp.tokenizer.losses import ReconstructionLoss, psnr
 from var_exp.training.stage import StageModule
@@ -44,6 +46,9 @@ class TokenizerModule(StageModule):
 
     def networks(self) -> dict[str, nn.Module]:
         return {"tokenizer": self.tokenizer}
+
+    def final_scores(self, evaluator: Evaluator, folder: Path) -> dict[str, float]:
+        return evaluator.conclude_tokenizer(self.tokenizer, folder)
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
         terms = self.loss(self.tokenizer(batch.images), batch.images)

@@ -8,6 +8,7 @@ validation.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from var_exp.evaluation.evaluator import Evaluator
 from var_exp.sampling import check_fit
 from var_exp.tokenizer import VQVAE
 from var_exp.training.stage import StageModule
@@ -65,6 +67,9 @@ class VARModule(StageModule):
         super().train(mode)
         self.tokenizer.eval()
         return self
+
+    def final_scores(self, evaluator: Evaluator, folder: Path) -> dict[str, float]:
+        return evaluator.conclude_var(self.transformer, self.tokenizer, folder)
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
         inputs, targets = self.read(batch.images)
