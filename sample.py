@@ -3,6 +3,7 @@
 python sample.py ckpt=runs/latest 'classes=[3,7]' num_samples=16 seed=0
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -58,12 +59,13 @@ def sample(cfg: DictConfig) -> Path:
 def choose_labels(classes, num_samples: int, networks: Networks) -> list[int]:
     """One label per sample; the asked classes take turns."""
     num_classes = networks.transformer.num_classes
-    if num_samples < 1:
-        raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples: expected a whole number >= 1, got {num_samples}")
     if classes is None or num_classes == 0:
         return [num_classes] * num_samples
     asked = range(num_classes) if classes == "all" else classes
-    if isinstance(asked, int | str) or not asked or not set(asked) <= set(range(num_classes)):
+    listed = isinstance(asked, Sequence) and not isinstance(asked, str) and len(asked) > 0
+    if not listed or any(type(c) is not int or not 0 <= c < num_classes for c in asked):
         raise ValueError(
             f"classes: expected a list of numbers in 0..{num_classes - 1}, all or null, got {asked}"
         )

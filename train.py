@@ -44,6 +44,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         metrics |= {f"{stage}/{name}": value for name, value in results.items()}
         write_metrics(metrics, run_dir / "metrics.json")
     print(summary(cfg.name, metrics, run_dir))
+    report_bad_images(data.source)
     return metrics
 
 
@@ -149,6 +150,12 @@ def fit(cfg: DictConfig, module: StageModule, data, evaluator: Evaluator, run_di
         loggers=[instantiate(c) for c in cfg.logger.values()],
         resume=cfg.resume,
     )
+
+
+def report_bad_images(source: ImageSource) -> None:
+    bad = sorted(source.bad_images)
+    if bad:
+        print(f"{len(bad)} images did not decode and were skipped, the first is {bad[0]}")
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="train")

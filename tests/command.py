@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from var_exp.cli import CONF
@@ -20,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Networks and lengths that take about two seconds for both stages of the digits.
 TINY = [
-    "logger=csv",
     "trainer.log_every_n_steps=1",
     "tokenizer.encoder.width=16",
     "transformer.depth=1",
@@ -35,6 +35,7 @@ TINY = [
     "evaluation.num_samples_val=10",
     "callbacks.var.pictures.num_per_class=1",
 ]
+QUICK = [*TINY, "logger=csv"]
 
 
 class Finished(NamedTuple):
@@ -81,17 +82,23 @@ def run_for_real(program: str, *arguments: str, cwd: Path) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-@contextlib.contextmanager
-def hydra() -> Iterator[None]:
+def composed(program: str, *overrides: str) -> DictConfig:
+    """The configuration that a command line gives, with Hydra's own under `hydra`."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base=None):
-        yield
+        return compose(program, overrides=list(overrides), return_hydra_config=True)
 
 
-def composed(program: str, *overrides: str) -> DictConfig:
-    """The configuration that a command line gives."""
-    with hydra():
-        return compose(program, overrides=list(overrides))
+@contextlib.contextmanager
+def composed_with_hydra(program: str, output_dir: Path, *overrides: str) -> Iterator[DictConfig]:
+    """The configuration, inside a job whose folder Hydra has chosen."""
+    cfg = composed(program, *overrides)
+    cfg.hydra.runtime.output_dir = str(output_dir)
+    HydraConfig.instance().cfg = cfg
+    try:
+        yield cfg
+    finally:
+        HydraConfig.instance().cfg = None
 
 
 def files(folder: Path) -> dict[str, bytes]:

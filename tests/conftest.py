@@ -1,8 +1,12 @@
-"""What every test of the networks shares: one thread, a fixed seed, and two tiny networks."""
+"""What tests share: one thread, a fixed seed, two tiny networks, and one small finished run."""
+
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+from command import TINY, Finished, run_for_real
 from tiny import tiny_tokenizer, tiny_transformer
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
@@ -23,3 +27,24 @@ def tokenizer() -> VQVAE:
 @pytest.fixture
 def transformer() -> VAR:
     return tiny_transformer()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+    """Where `python train.py` ran, small, on the digits, and what it said."""
+    place = tmp_path_factory.mktemp("finished")
+    done = run_for_real("train", *TINY, cwd=place)
+    assert done.code == 0, done.err
+    return place, done
+
+
+@pytest.fixture(scope="session")
+def trained(finished: tuple[Path, Finished]) -> Path:
+    """The run folder of `finished`; to be read, not written."""
+    return (finished[0] / "runs" / "latest").resolve()
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    """A run folder like `trained` that a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "copied", symlinks=True))

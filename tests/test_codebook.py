@@ -114,6 +114,14 @@ def test_a_start_takes_different_vectors_of_the_data():
     assert (codebook.average_count == 1).all()
 
 
+def test_a_start_draws_from_all_the_vectors_and_not_from_the_first():
+    codebook, met = EMACodebook(4, 1), set()
+    for _ in range(100):
+        codebook.start(torch.arange(12.0).unsqueeze(1))
+        met |= set(codebook.weight.flatten().tolist())
+    assert met == set(range(12))
+
+
 def test_a_start_from_fewer_vectors_than_codes_repeats_none_exactly():
     codebook, vectors = EMACodebook(16, 3), torch.randn(5, 3)
     codebook.start(vectors)

@@ -7,9 +7,9 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from tiny import tiny_quantizer, tiny_tokenizer
 from torch.optim import AdamW
 
+from tiny import tiny_quantizer, tiny_tokenizer
 from var_exp.checkpoint import KEY, load_networks, read_checkpoint
 from var_exp.data import Digits, ImageDataModule
 from var_exp.tokenizer.losses import ReconstructionLoss

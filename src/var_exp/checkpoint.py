@@ -120,11 +120,10 @@ def load_networks(path: str | Path, weights: str = "averaged") -> Networks:
 def _build_networks(info: dict[str, Any], state: dict[str, Tensor], weights: str) -> Networks:
     networks = {}
     for name, spec in info["networks"].items():
-        prefixes = [f"averaged_{name}.", f"{name}."][weights == "raw" :]
-        prefix = next(p for p in prefixes if any(key.startswith(p) for key in state))
+        averaged = {k: v for k, v in state.items() if k.startswith(f"averaged_{name}.")}
+        prefix = f"averaged_{name}." if averaged and weights == "averaged" else f"{name}."
+        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         network = build(spec)
-        network.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        )
+        network.load_state_dict(own)
         networks[name] = network.eval().requires_grad_(False)
     return Networks(networks["tokenizer"], networks.get("transformer"), info)

@@ -72,6 +72,11 @@ class ImageSource:
         """Number of classes; 0 means unconditional."""
         return len(self.class_names)
 
+    @property
+    def bad_images(self) -> set[str]:
+        """Files that did not decode and were skipped; only sets of files can have some."""
+        return set()
+
     def prepare(self) -> None:
         """Fetches what `load` reads; called by one process before any calls `setup`."""
 

@@ -27,6 +27,7 @@ UNFIT_ADVICE = (
     "treespec, LeafSpec",  # Lightning's own use of torch
     "Checkpoint directory",  # resuming writes where it wrote before
     "Experiment logs directory",
+    "is smaller than the logging interval",
     "your dataloader is not resumable",  # its batches are a function of their number
 )
 
