@@ -8,6 +8,7 @@ python train.py --cfg job                what would run
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -20,8 +21,10 @@ from var_exp.checkpoint import find_checkpoint, load_networks
 from var_exp.cli import launch, point_latest, report_errors, summary, write_metrics
 from var_exp.data import ImageDataModule, ImageSource
 from var_exp.evaluation.evaluator import Evaluator
+from var_exp.sampling import check_settings
+from var_exp.scales import ScaleSchedule
 from var_exp.tokenizer import VQVAE
-from var_exp.training.fit import fit_stage
+from var_exp.training.fit import check_stage, fit_stage
 from var_exp.training.stage import StageModule
 from var_exp.transformer import VAR
 
@@ -30,9 +33,12 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     """Run the configured stages; all final metrics, keyed `stage/metric`."""
     if cfg.num_threads:
         torch.set_num_threads(cfg.num_threads)
+    check_choices(cfg)
     data = make_data(cfg)
     tokenizer = make_tokenizer(cfg, data.source, run_dir)
     modules = make_modules(cfg, data.source, tokenizer)  # all of them: mistakes show now
+    for stage, module in modules.items():
+        check_stage(module, run_dir, **lengths(cfg, stage))
     evaluator = make_evaluator(cfg, data.source, run_dir)
     point_latest(Path(cfg.runs_dir), run_dir)
 
@@ -49,6 +55,26 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
 
 
 # -- from the configuration to objects ----------------------------------------------------
+
+
+def check_choices(cfg: DictConfig) -> None:
+    """Raise ValueError for what would otherwise show only after a stage was trained."""
+    if list(cfg.stages) not in (["tokenizer", "var"], ["tokenizer"], ["var"]):
+        raise ValueError(
+            f"stages: expected [tokenizer,var], [tokenizer] or [var], got {list(cfg.stages)}"
+        )
+    check_settings(**cfg.sampling)
+
+
+def lengths(cfg: DictConfig, stage: str) -> dict[str, Any]:
+    """How long a stage is, and whether it goes on: arguments of `fit_stage`."""
+    model = cfg.model[stage]
+    return {
+        "batch_size": model.batch_size,
+        "num_batches": model.num_batches,
+        "val_every": model.val_every,
+        "resume": cfg.resume,
+    }
 
 
 def make_data(cfg: DictConfig) -> ImageDataModule:
@@ -77,10 +103,16 @@ def make_tokenizer(cfg: DictConfig, source: ImageSource, run_dir: Path) -> VQVAE
                 "checkpoint or run folder that has one"
             )
         tokenizer = load_networks(find_checkpoint(given, stages=("tokenizer", "var"))).tokenizer
-    if tokenizer.schedule.patch_nums != OmegaConf.to_container(cfg.scales.patch_nums):
+    if tokenizer.schedule != ScaleSchedule(cfg.scales.patch_nums):
         raise ValueError(
             f"tokenizer_ckpt: the tokenizer has scales {tokenizer.schedule.patch_nums}, this run "
             f"{cfg.scales.patch_nums}; set scales.patch_nums or use another tokenizer"
+        )
+    channels = tokenizer.encoder.spec["in_channels"]
+    if channels != source.channels:
+        raise ValueError(
+            f"tokenizer_ckpt: the tokenizer is for images of {channels} channels, those of "
+            f"{source.name} have {source.channels}; choose another data=... or another tokenizer"
         )
     tokenizer.schedule.check_image(source.image_size, tokenizer.encoder.stride)
     return tokenizer
@@ -94,11 +126,6 @@ def make_modules(cfg: DictConfig, source: ImageSource, tokenizer: VQVAE) -> dict
             "tokenizer": tokenizer,
             "transformer": make_transformer(cfg, source, tokenizer),
         }
-    unknown = [stage for stage in cfg.stages if stage not in ("tokenizer", "var")]
-    if unknown or not cfg.stages or list(cfg.stages) != sorted(set(cfg.stages)):
-        raise ValueError(
-            f"stages: expected [tokenizer,var], [tokenizer] or [var], got {list(cfg.stages)}"
-        )
     return {
         stage: instantiate(cfg.model[stage].module, _partial_=True, _convert_="all")(
             **networks[stage]
@@ -136,19 +163,15 @@ def make_evaluator(cfg: DictConfig, source: ImageSource, run_dir: Path) -> Evalu
 def fit(cfg: DictConfig, module: StageModule, data, evaluator: Evaluator, run_dir: Path):
     callbacks = [instantiate(c) for c in cfg.callbacks[module.stage].values()]
     own = [c(evaluator) if isinstance(c, functools.partial) else c for c in callbacks]
-    model = cfg.model[module.stage]
     return fit_stage(
         module,
         data,
         instantiate(cfg.trainer, _partial_=True),
         run_dir=run_dir,
-        batch_size=model.batch_size,
-        num_batches=model.num_batches,
-        val_every=model.val_every,
         seed=cfg.seed,
         callbacks=own,
         loggers=[instantiate(c) for c in cfg.logger.values()],
-        resume=cfg.resume,
+        **lengths(cfg, module.stage),
     )
 
 
@@ -162,6 +185,8 @@ def report_bad_images(source: ImageSource) -> None:
 @report_errors
 def main(cfg: DictConfig) -> float | None:
     metrics = train(cfg, Path(HydraConfig.get().runtime.output_dir))
+    if cfg.objective and cfg.objective not in metrics:
+        raise ValueError(f"objective: expected one of {sorted(metrics)}, got {cfg.objective!r}")
     return metrics[cfg.objective] if cfg.objective else None
 
 

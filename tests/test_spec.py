@@ -44,6 +44,13 @@ def test_a_recorded_subclass_records_itself_and_not_its_base():
     assert spec["decay"] == 0.5 and spec["cosine"] is False
 
 
+def test_a_subclass_that_is_not_recorded_does_not_pass_for_its_base():
+    class Mine(EMACodebook):
+        pass
+
+    assert not hasattr(Mine(8, 4), "spec")
+
+
 @pytest.mark.parametrize(
     "spec",
     [

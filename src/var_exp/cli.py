@@ -35,10 +35,14 @@ def launch(main: Callable[[], None], config_name: str) -> None:
 def nearest_keys(config_name: str, arguments: list[str]) -> list[str]:
     """For each override of a key that does not exist, a line with the nearest that does."""
     GlobalHydra.instance().clear()
+    groups = {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")} - {"."}
+    choices = [a for a in arguments if a.partition("=")[0].partition("@")[0] in groups]
     with initialize_config_dir(str(CONF), version_base=None):
-        config = compose(config_name, return_hydra_config=False)
-    known = set(_flatten(OmegaConf.to_container(config, resolve=False)))
-    known |= {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")} - {"."}
+        try:
+            config = compose(config_name, overrides=choices)
+        except HydraException:  # a choice that does not exist, of which Hydra tells
+            config = compose(config_name)
+    known = groups | set(_flatten(OmegaConf.to_container(config, resolve=False)))
     hints = []
     for argument in arguments:
         key, equals, _ = argument.partition("=")
@@ -75,28 +79,34 @@ def report_errors(function: Callable[[DictConfig], object]) -> Callable[[DictCon
             ours = not isinstance(error, TypeError) or unknown
             if os.environ.get("HYDRA_FULL_ERROR") == "1" or not ours:
                 raise
-            remove_if_unused(Path(HydraConfig.get().runtime.output_dir))
+            hydra = HydraConfig.get()
+            remove_if_unused(Path(hydra.runtime.output_dir), f"{hydra.job.name}.log")
             sys.exit(f"error: {first_cause(error)}")
 
     return wrapped
 
 
 def first_cause(error: BaseException) -> str:
-    """The message of the error that Hydra's wrapping hides, with the key where it happened."""
+    """The message that the wrapping of Hydra or of a data worker hides, in one line.
+
+    With Hydra's note of the key where it happened.
+    """
     where = [line for line in str(error).splitlines() if line.startswith("full_key:")]
-    while error.__cause__ is not None:
+    while isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__
-    return " ".join([*str(error).splitlines(), *(f"({line})" for line in where)])
+    lines = str(error).splitlines()
+    if any(line.startswith("Original Traceback") for line in lines):
+        lines = [lines[-1].partition(": ")[2]]
+    return " ".join([*lines, *(f"({line})" for line in where)])
 
 
-def remove_if_unused(run_dir: Path) -> None:
+def remove_if_unused(run_dir: Path, log: str) -> None:
     """Delete a run folder in which nothing but Hydra has written."""
-    if run_dir.is_dir() and all(
-        path.name == ".hydra" or path.suffix == ".log" for path in run_dir.iterdir()
-    ):
+    if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= {".hydra", log}:
         shutil.rmtree(run_dir)
-        with contextlib.suppress(OSError):  # holds other runs
-            run_dir.parent.rmdir()
+        if run_dir.parent.resolve() != Path.cwd():
+            with contextlib.suppress(OSError):  # holds other runs
+                run_dir.parent.rmdir()
 
 
 def point_latest(runs_dir: Path, run_dir: Path) -> None:

@@ -96,9 +96,10 @@ class VARPipeline:
         return torch.cat(images)
 
     def _take_turns(self, labels, num_samples: int | None) -> list[int]:
-        if labels is None:
-            labels = self.transformer.num_classes
-        asked = torch.as_tensor(labels).flatten().tolist()
+        labels = torch.as_tensor(self.transformer.num_classes if labels is None else labels)
+        if labels.numel() and labels.is_floating_point():
+            raise ValueError(f"pipeline: labels must be whole numbers, got {labels.tolist()}")
+        asked = labels.flatten().tolist()
         count = len(asked) if num_samples is None else num_samples
         if not asked or count < 1:
             raise ValueError(

@@ -69,13 +69,10 @@ def fit_stage(
     Raises:
         ValueError: a length below 1, an unknown `resume`, a checkpoint that does not fit.
     """
-    if min(batch_size, num_batches, val_every) < 1 or resume not in ("auto", "never"):
-        raise ValueError(
-            f"model.{module.stage}: batch_size, num_batches and val_every must be at least 1 and "
-            f"resume 'auto' or 'never', got {batch_size}, {num_batches}, {val_every}, {resume!r}"
-        )
-    folder = run_dir / module.stage
-    last = folder / "last.ckpt" if resume == "auto" and (folder / "last.ckpt").exists() else None
+    check_stage(module, run_dir, batch_size, num_batches, val_every, resume)
+    folder, last = run_dir / module.stage, last_checkpoint(run_dir / module.stage, resume)
+    if last is not None:
+        module.on_load_checkpoint(read_checkpoint(last))
     datamodule.plan(batch_size, num_batches)
     with quiet():
         runner = trainer(
@@ -104,6 +101,37 @@ def fit_stage(
         results = runner.validate(module, datamodule=datamodule, verbose=False)[0]
     metrics = {name.removeprefix("val/"): value for name, value in results.items()}
     return Fitted(best, metrics, seconds)
+
+
+def check_stage(
+    module: StageModule,
+    run_dir: Path,
+    batch_size: int,
+    num_batches: int,
+    val_every: int,
+    resume: str,
+) -> None:
+    """Find what `fit_stage` would refuse, as far as it can be known before earlier stages ran.
+
+    Raises:
+        ValueError: see `fit_stage`.
+    """
+    lengths = (batch_size, num_batches, val_every)
+    whole = all(isinstance(length, int) and length >= 1 for length in lengths)
+    if not whole or resume not in ("auto", "never"):
+        raise ValueError(
+            f"model.{module.stage}: batch_size, num_batches and val_every must be at least 1 and "
+            f"resume 'auto' or 'never', got {batch_size}, {num_batches}, {val_every}, {resume!r}"
+        )
+    last = last_checkpoint(run_dir / module.stage, resume)
+    if last is not None:
+        module.check_networks(read_checkpoint(last))
+
+
+def last_checkpoint(folder: Path, resume: str) -> Path | None:
+    """Where a stage goes on, if it does."""
+    last = folder / "last.ckpt"
+    return last if resume == "auto" and last.exists() else None
 
 
 def use_best_weights(module: StageModule, folder: Path) -> Path:

@@ -5,7 +5,7 @@ progress of the stage, gradient clipping, a moving average of the weights, and w
 checkpoint says about itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +110,29 @@ class StageModule(L.LightningModule):
         checkpoint[KEY] = describe(self.stage, self.networks(), class_names)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_networks(checkpoint)
+        if self.network_name != "tokenizer":
+            self._check_equal(checkpoint, "tokenizer_fingerprint")
+
+    def check_networks(self, checkpoint: dict[str, Any]) -> None:
+        """Raise ValueError unless the checkpoint is of this stage and of networks like these."""
+        self._check_equal(checkpoint, "stage", "patch_nums", "networks")
+
+    def _check_equal(self, checkpoint: dict[str, Any], *names: str) -> None:
         theirs = checkpoint[KEY]
         ours = describe(self.stage, self.networks(), theirs["class_names"])
-        names = ["stage", "patch_nums"]
-        if self.network_name != "tokenizer":
-            names.append("tokenizer_fingerprint")
         for name in names:
-            if theirs[name] != ours[name]:
+            for where, a, b in differences(theirs[name], ours[name], name):
                 raise ValueError(
-                    f"resume: the checkpoint has {name} {theirs[name]}, this run {ours[name]}; "
-                    f"continue with the run's own configuration or start in a new run folder"
+                    f"resume: the checkpoint has {where} {a}, this run {b}; continue with the "
+                    f"run's own configuration or start in a new run folder"
                 )
+
+
+def differences(theirs: Any, ours: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    """Where two trees of plain data differ: (dotted name, their value, our value)."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in theirs | ours:
+            yield from differences(theirs.get(key), ours.get(key), f"{name}.{key}")
+    elif theirs != ours:
+        yield name, theirs, ours
