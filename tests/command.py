@@ -1,6 +1,8 @@
 """The two programs as a shell starts them: within this process, which is quick, or for real."""
 
 import contextlib
+import copy
+import functools
 import io
 import os
 import runpy
@@ -82,8 +84,12 @@ def run_for_real(program: str, *arguments: str, cwd: Path) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
+@functools.cache
 def composed(program: str, *overrides: str) -> DictConfig:
-    """The configuration that a command line gives, with Hydra's own under `hydra`."""
+    """The configuration that a command line gives, with Hydra's own under `hydra`.
+
+    To be read, not written: whoever asks for it again gets the same.
+    """
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base=None):
         return compose(program, overrides=list(overrides), return_hydra_config=True)
@@ -92,7 +98,7 @@ def composed(program: str, *overrides: str) -> DictConfig:
 @contextlib.contextmanager
 def composed_with_hydra(program: str, output_dir: Path, *overrides: str) -> Iterator[DictConfig]:
     """The configuration, inside a job whose folder Hydra has chosen."""
-    cfg = composed(program, *overrides)
+    cfg = copy.deepcopy(composed(program, *overrides))
     cfg.hydra.runtime.output_dir = str(output_dir)
     HydraConfig.instance().cfg = cfg
     try:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import train
-from command import QUICK, TINY, composed_with_hydra, files, run, run_for_real
+from command import QUICK, composed_with_hydra, files, run, run_for_real
 from var_exp.checkpoint import load_networks
 from var_exp.training import VARModule
 
@@ -142,18 +142,12 @@ def test_the_checkpoints_are_generators_with_the_names_of_the_classes(trained):
 # -- the same again -----------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_figures_and_pictures_and_another_seed_others(
-    trained, tmp_path
-):
-    for seed in (0, 1):
-        folder = with_classifier(tmp_path / str(seed), trained)
-        done = run("train", f"run_dir={folder}", f"runs_dir={tmp_path}", f"seed={seed}", *QUICK)
-        assert done.code == 0, done.err
-    assert timeless(tmp_path / "0") == timeless(trained)
-    assert files(tmp_path / "0" / "samples") == files(trained / "samples")
-    assert timeless(tmp_path / "1") != timeless(trained)
-    other = files(tmp_path / "1" / "samples")
-    assert all(other[name] != content for name, content in files(trained / "samples").items())
+def test_the_same_seed_gives_the_same_figures_and_pictures_to_the_bit(trained, tmp_path):
+    folder = with_classifier(tmp_path / "run", trained)
+    done = run("train", f"run_dir={folder}", f"runs_dir={tmp_path}", "seed=0", *QUICK)
+    assert done.code == 0, done.err
+    assert timeless(folder) == timeless(trained)
+    assert files(folder / "samples") == files(trained / "samples")
 
 
 def test_a_finished_run_that_is_started_again_only_looks_at_itself_again(copied, trained, tmp_path):
@@ -168,9 +162,10 @@ def test_a_finished_run_that_is_started_again_only_looks_at_itself_again(copied,
 
 
 def test_resume_never_trains_anew(copied, tmp_path):
-    done = run("train", f"run_dir={copied}", f"runs_dir={tmp_path}", "resume=never", *QUICK)
+    options = ["resume=never", "stages=[tokenizer]", f"runs_dir={tmp_path}"]
+    done = run("train", f"run_dir={copied}", *options, *QUICK)
     assert done.code == 0, done.err
-    assert "tokenizer: batch 1/4" in done.err and "var: batch 4/4" in done.err
+    assert "tokenizer: batch 1/4" in done.err and "tokenizer: batch 4/4" in done.err
 
 
 def test_an_interrupted_run_that_is_started_again_is_the_whole_run(trained, tmp_path, monkeypatch):
@@ -197,7 +192,7 @@ def test_an_interrupted_run_that_is_started_again_is_the_whole_run(trained, tmp_
 # -- one stage alone ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", ["run folder", "stage folder", "file", "own folder"])
+@pytest.mark.parametrize("given", ["run folder", "file", "own folder"])
 def test_one_stage_after_the_other_is_both_at_once(given, trained, tmp_path):
     first = with_classifier(tmp_path / "first", trained)
     common = [f"runs_dir={tmp_path}", *QUICK]
@@ -205,7 +200,6 @@ def test_one_stage_after_the_other_is_both_at_once(given, trained, tmp_path):
     second = first if given == "own folder" else with_classifier(tmp_path / "second", trained)
     ckpt = {
         "run folder": [f"tokenizer_ckpt={first}"],
-        "stage folder": [f"tokenizer_ckpt={first}/tokenizer"],
         "file": [f"tokenizer_ckpt={first}/tokenizer/best.ckpt"],
         "own folder": [],
     }[given]
@@ -316,11 +310,3 @@ def test_the_objective_is_what_a_search_gets(copied, trained, tmp_path):
     overrides = [f"runs_dir={tmp_path}", "objective=var/fid_classifier", *QUICK]
     with composed_with_hydra("train", copied, *overrides) as cfg:
         assert train.main(cfg) == figures(trained)["var/fid_classifier"]
-    with composed_with_hydra("train", copied, f"runs_dir={tmp_path}", *QUICK) as cfg:
-        assert train.main(cfg) is None
-
-
-def test_train_can_be_called_from_python(copied, trained, tmp_path):
-    with composed_with_hydra("train", copied, f"runs_dir={tmp_path}", *TINY, "logger=csv") as cfg:
-        metrics = train.train(cfg, copied)
-    assert {k: v for k, v in metrics.items() if not k.endswith("/seconds")} == timeless(trained)

@@ -104,8 +104,10 @@ class VQVAE(nn.Module):
         return images if per_scale else images[0]
 
     def fingerprint(self) -> str:
-        """16 hex digits that change when any weight or the schedule does."""
-        digest = hashlib.sha256(repr(self.schedule.patch_nums).encode())
+        """16 hex digits that change with any weight, the schedule, or the rule of quantizing."""
+        quantizer = self.quantizer
+        rule = (self.schedule.patch_nums, quantizer.codebook(0).cosine, quantizer.phi_ratio)
+        digest = hashlib.sha256(repr(rule).encode())
         for name, parameter in sorted(self.named_parameters()):
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().contiguous().float().numpy().tobytes())
