@@ -38,7 +38,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     tokenizer = make_tokenizer(cfg, data.source, run_dir)
     modules = make_modules(cfg, data.source, tokenizer)  # all of them: mistakes show now
     for stage, module in modules.items():
-        check_stage(module, run_dir, **lengths(cfg, stage))
+        check_stage(module, run_dir, **course(cfg, stage))
     evaluator = make_evaluator(cfg, data.source, run_dir)
     point_latest(Path(cfg.runs_dir), run_dir)
 
@@ -63,16 +63,22 @@ def check_choices(cfg: DictConfig) -> None:
         raise ValueError(
             f"stages: expected [tokenizer,var], [tokenizer] or [var], got {list(cfg.stages)}"
         )
+    if cfg.tokenizer_ckpt and "tokenizer" in cfg.stages:
+        raise ValueError(
+            f"tokenizer_ckpt: {cfg.tokenizer_ckpt!r} would be ignored, since stages has the "
+            f"tokenizer; use 'stages=[var]' to train on it, or leave it out"
+        )
     check_settings(**cfg.sampling)
 
 
-def lengths(cfg: DictConfig, stage: str) -> dict[str, Any]:
-    """How long a stage is, and whether it goes on: arguments of `fit_stage`."""
+def course(cfg: DictConfig, stage: str) -> dict[str, Any]:
+    """What decides a stage's batches, and whether it goes on: arguments of `fit_stage`."""
     model = cfg.model[stage]
     return {
         "batch_size": model.batch_size,
         "num_batches": model.num_batches,
         "val_every": model.val_every,
+        "seed": cfg.seed,
         "resume": cfg.resume,
     }
 
@@ -168,10 +174,9 @@ def fit(cfg: DictConfig, module: StageModule, data, evaluator: Evaluator, run_di
         data,
         instantiate(cfg.trainer, _partial_=True),
         run_dir=run_dir,
-        seed=cfg.seed,
         callbacks=own,
         loggers=[instantiate(c) for c in cfg.logger.values()],
-        **lengths(cfg, module.stage),
+        **course(cfg, module.stage),
     )
 
 

@@ -14,7 +14,7 @@ from var_exp.checkpoint import KEY, load_networks, read_checkpoint
 from var_exp.data import Digits, ImageDataModule
 from var_exp.tokenizer.losses import ReconstructionLoss
 from var_exp.training import TokenizerModule, VARModule
-from var_exp.training.fit import fit_stage
+from var_exp.training.fit import fit_stage, read_progress
 from var_exp.training.optim import CosineSchedule
 from var_exp.training.tokenizer_module import perplexity, usage
 from var_exp.transformer import VAR
@@ -211,6 +211,30 @@ def test_usage_is_counted_against_what_a_scale_could_have_used():
     assert usage(torch.ones(8)).item() == 1.0
     assert perplexity(torch.ones(8)).item() == pytest.approx(8)
     assert perplexity(torch.tensor([5, 0, 0])).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "num_batches", "seed"])
+def test_a_run_continues_under_its_own_plan_only(name, digits, tmp_path):
+    run("var", digits, tmp_path, Interrupt(5))
+    plan = {"batch_size": 6, "num_batches": NUM_BATCHES, "seed": 0}
+    plan[name] *= 2
+    plan["seed"] += name == "seed"
+    with pytest.raises(ValueError, match=f"started with {name}"):
+        fit_stage(
+            make_module("var"),
+            ImageDataModule(digits),
+            None,
+            run_dir=tmp_path,
+            val_every=3,
+            **plan,
+        )
+
+
+def test_the_seconds_of_an_interrupted_run_add_up(digits, tmp_path):
+    run("var", digits, tmp_path, Interrupt(5))
+    first = read_progress(tmp_path / "var" / "last.ckpt")["seconds"]
+    run("var", digits, tmp_path)
+    assert read_progress(tmp_path / "var" / "last.ckpt")["seconds"] > first > 0
 
 
 @pytest.mark.parametrize("name", ["batch_size", "num_batches", "val_every"])

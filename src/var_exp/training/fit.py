@@ -1,7 +1,6 @@
 """Run one stage: loops, checkpoints, bars, and how long it took."""
 
 import logging
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +32,10 @@ UNFIT_ADVICE = (
 
 
 class Fitted(NamedTuple):
-    """checkpoint: the best; metrics: its validation figures, without `val/`; seconds: of fit."""
+    """checkpoint: the best; metrics: its validation figures, without `val/`.
+
+    seconds: of training, earlier parts of an interrupted run included.
+    """
 
     checkpoint: Path
     metrics: dict[str, float]
@@ -69,7 +71,9 @@ def fit_stage(
     Raises:
         ValueError: a length below 1, an unknown `resume`, a checkpoint that does not fit.
     """
-    check_stage(module, run_dir, batch_size, num_batches, val_every, resume)
+    check_stage(module, run_dir, batch_size, num_batches, val_every, seed, resume)
+    plan = {"seed": seed, "batch_size": batch_size, "num_batches": num_batches}
+    progress = BatchProgress(plan)
     folder, last = run_dir / module.stage, last_checkpoint(run_dir / module.stage, resume)
     if last is not None:
         module.on_load_checkpoint(read_checkpoint(last))
@@ -84,17 +88,17 @@ def fit_stage(
             use_distributed_sampler=False,
             logger=[make(save_dir=str(run_dir), version=module.stage) for make in loggers],
             callbacks=[
-                BatchProgress(seed),
+                progress,
                 *callbacks,
                 progress_bar(module.stage),
                 best_checkpoint(folder, *MONITORS[module.stage]),
                 LastCheckpoint(folder),
             ],
         )
-        started = time.monotonic()
-        if last is None or batches_done(last) < num_batches:
+        before = read_progress(last) if last else {"batch": 0, "seconds": 0.0}
+        if before["batch"] < num_batches:
             runner.fit(module, datamodule=datamodule, ckpt_path=last, weights_only=True)
-        seconds = time.monotonic() - started
+        seconds = progress.seconds if before["batch"] < num_batches else before["seconds"]
         finish(runner.loggers)
         best = use_best_weights(module, folder)
         runner.logger = None  # the figures of the best weights are no step of training
@@ -109,6 +113,7 @@ def check_stage(
     batch_size: int,
     num_batches: int,
     val_every: int,
+    seed: int,
     resume: str,
 ) -> None:
     """Find what `fit_stage` would refuse, as far as it can be known before earlier stages ran.
@@ -126,6 +131,14 @@ def check_stage(
     last = last_checkpoint(run_dir / module.stage, resume)
     if last is not None:
         module.check_networks(read_checkpoint(last))
+        ours = {"seed": seed, "batch_size": batch_size, "num_batches": num_batches}
+        for name, value in read_progress(last)["plan"].items():
+            if ours[name] != value:
+                raise ValueError(
+                    f"resume: the run was started with {name} {value}, now it is {ours[name]}; its "
+                    f"schedules and order of images depend on it: keep it, or start in a new run "
+                    f"folder (run_dir=...), or anew (resume=never)"
+                )
 
 
 def last_checkpoint(folder: Path, resume: str) -> Path | None:
@@ -162,10 +175,9 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.path)
 
 
-def batches_done(path: Path) -> int:
-    """How many batches of its stage a checkpoint has seen."""
-    callbacks: dict[str, Any] = read_checkpoint(path)["callbacks"]
-    return callbacks["BatchProgress"]["batch"]
+def read_progress(path: Path) -> dict[str, Any]:
+    """What `BatchProgress` wrote into a checkpoint: batch, seconds, plan."""
+    return read_checkpoint(path)["callbacks"]["BatchProgress"]
 
 
 def finish(loggers: Sequence[Logger]) -> None:

@@ -5,6 +5,7 @@ on, seeds every random generator at each batch's start, and tells the module how
 is. With it a run that was interrupted and continued is the uninterrupted run, bit for bit.
 """
 
+import time
 from typing import Any
 
 import lightning as L
@@ -19,22 +20,30 @@ class BatchProgress(Callback):
     """Count batches; seed and steer by that count.
 
     Args:
-        seed: of the run.
+        plan: seed, batch_size and num_batches: what a batch depends on besides its number. A
+            run continues under the same plan only.
     """
 
-    def __init__(self, seed: int):
-        self.seed = seed
+    def __init__(self, plan: dict[str, int]):
+        self.plan, self.seed = plan, plan["seed"]
         self.batch = 0
+        self.earlier_seconds, self.started = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds of the stage's training, earlier parts of an interrupted run included."""
+        return self.earlier_seconds + time.monotonic() - self.started
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batch": self.batch}
+        return {"batch": self.batch, "seconds": self.seconds, "plan": self.plan}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.batch = state["batch"]
+        self.batch, self.earlier_seconds = state["batch"], state["seconds"]
 
     def on_fit_start(self, trainer: L.Trainer, module: StageModule) -> None:
         # Runs before Lightning asks for the loader, and after it has restored this callback.
         trainer.datamodule.start_batch = self.batch
+        self.started = time.monotonic()
 
     def on_train_batch_start(self, trainer: L.Trainer, module: StageModule, batch, i: int) -> None:
         total = trainer.datamodule.num_batches
