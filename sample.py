@@ -9,6 +9,7 @@ from pathlib import Path
 import hydra
 import numpy as np
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
@@ -19,11 +20,12 @@ from var_exp.evaluation.pictures import class_grid, coarse_to_fine, save_png, to
 from var_exp.sampling import iterate_samples
 
 SETTINGS = ("seed", "cfg_scale", "top_k", "top_p", "temperature")
+MAX_GRID = 400  # samples that the grid shows
 STRIP = 8  # samples that are shown scale by scale
 
 
-def sample(cfg: DictConfig) -> Path:
-    """Draw, write, and return the folder."""
+def sample(cfg: DictConfig, out: Path) -> None:
+    """Draw, and write everything into the folder `out`."""
     path = find_checkpoint(cfg.ckpt)
     networks = load_networks(path, cfg.weights)
     if networks.transformer is None:
@@ -40,7 +42,9 @@ def sample(cfg: DictConfig) -> Path:
         batch_size=cfg.batch_size,
         **{name: cfg[name] for name in SETTINGS},
     )
-    out = Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in out.glob("[0-9]" * 6 + ".png"):  # of another draw, which would mix with this one
+        stale.unlink()
     pixels, codes = [], []
     with tqdm(total=len(labels), desc="sampling", unit="image", disable=None) as bar:
         for ids, samples in batches:
@@ -53,7 +57,6 @@ def sample(cfg: DictConfig) -> Path:
     first = [torch.cat(scale) for scale in zip(*codes, strict=True)]  # K x (up to STRIP, n_k)
     write_whole(out, torch.cat(pixels), torch.tensor(labels), first, networks)
     print(table(f"{len(labels)} samples", {"checkpoint": path, "folder": out}))
-    return out
 
 
 def choose_labels(classes, num_samples: int, networks: Networks) -> list[int]:
@@ -92,21 +95,24 @@ def write_whole(
         codes: of the first STRIP samples, scale by scale.
     """
     names = networks.info["class_names"]
-    save_png(class_grid(pixels / 255, labels, names), out / "grid.png")
+    array = pixels.permute(0, 2, 3, 1).contiguous().numpy()  # (N, H, W, C)
+    unfinished = out / "unfinished.npz"
+    np.savez(unfinished, arr_0=array, arr_1=labels.numpy())
+    unfinished.replace(out / "samples.npz")
+    shown = pixels[:MAX_GRID] / 255
+    save_png(class_grid(shown, labels[:MAX_GRID], names), out / "grid.png")
     steps = networks.tokenizer.decode(codes, per_scale=True)
-    shown = [[*names, "no class"][label] for label in labels[:STRIP].tolist()]
+    row_names = [[*names, "no class"][label] for label in labels[:STRIP].tolist()]
     strip = coarse_to_fine(
-        [x.add(1).div(2).cpu() for x in steps], networks.tokenizer.schedule.sizes, shown
+        [x.add(1).div(2).cpu() for x in steps], networks.tokenizer.schedule.sizes, row_names
     )
     save_png(strip, out / "coarse_to_fine.png")
-    array = pixels.permute(0, 2, 3, 1).contiguous().numpy()  # (N, H, W, C)
-    np.savez(out / "samples.npz", arr_0=array, arr_1=labels.numpy())
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="sample")
 @report_errors
 def main(cfg: DictConfig) -> None:
-    sample(cfg)
+    sample(cfg, Path(HydraConfig.get().runtime.output_dir))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from var_exp.checkpoint import find_checkpoint, load_networks
-from var_exp.cli import launch, point_latest, report_errors, summary, write_metrics
+from var_exp.cli import launch, point_latest, read_metrics, report_errors, summary, write_metrics
 from var_exp.data import ImageDataModule, ImageSource
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.sampling import check_settings
@@ -42,7 +42,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     evaluator = make_evaluator(cfg, data.source, run_dir)
     point_latest(Path(cfg.runs_dir), run_dir)
 
-    metrics = {}
+    metrics = read_metrics(run_dir / "metrics.json")  # of a stage that was run here before
     for stage, module in modules.items():
         fitted = fit(cfg, module, data, evaluator, run_dir)
         scores = module.final_scores(evaluator, run_dir / "samples")
@@ -67,6 +67,17 @@ def check_choices(cfg: DictConfig) -> None:
         raise ValueError(
             f"tokenizer_ckpt: {cfg.tokenizer_ckpt!r} would be ignored, since stages has the "
             f"tokenizer; use 'stages=[var]' to train on it, or leave it out"
+        )
+    scores = {name: cfg.evaluation[name] for name in ("num_samples", "num_samples_val")}
+    if min(scores.values()) < 2 or cfg.evaluation.batch_size < 1:
+        raise ValueError(
+            f"evaluation: expected at least 2 samples to score and a batch_size of at least 1, got "
+            f"{scores} and {cfg.evaluation.batch_size}"
+        )
+    if cfg.objective and cfg.objective.partition("/")[0] not in cfg.stages:
+        raise ValueError(
+            f"objective: expected a metric of one of the stages {list(cfg.stages)}, such as "
+            f"{cfg.stages[-1]}/loss, got {cfg.objective!r}"
         )
     check_settings(**cfg.sampling)
 
@@ -189,7 +200,7 @@ def report_bad_images(source: ImageSource) -> None:
 @hydra.main(version_base=None, config_path="conf", config_name="train")
 @report_errors
 def main(cfg: DictConfig) -> float | None:
-    metrics = train(cfg, Path(HydraConfig.get().runtime.output_dir))
+    metrics = train(cfg, Path(HydraConfig.get().runtime.output_dir).resolve())
     if cfg.objective and cfg.objective not in metrics:
         raise ValueError(f"objective: expected one of {sorted(metrics)}, got {cfg.objective!r}")
     return metrics[cfg.objective] if cfg.objective else None

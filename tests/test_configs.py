@@ -244,3 +244,12 @@ def test_an_experiment_chooses_images_and_with_them_their_recipe(name):
 def test_cfg_job_prints_the_composition_of_an_experiment():
     done = run("train", "--cfg", "job", "experiment=shapes")
     assert done.code == 0 and "_target_: var_exp.data.Shapes" in done.out
+
+
+@pytest.mark.parametrize("data", options("data"))
+def test_what_the_command_line_chooses_wins_over_what_the_data_suggest(data):
+    chosen = ["transformer=d16", "scales=var_256", "tokenizer=vae_ch160v4096z32"]
+    cfg = composed("train", f"data={data}", *chosen)
+    expected = composed("train", *chosen)
+    for group in ("transformer", "scales", "tokenizer"):
+        assert cfg[group] == expected[group]

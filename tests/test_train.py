@@ -211,6 +211,16 @@ def test_one_stage_after_the_other_is_both_at_once(given, trained, tmp_path):
     assert timeless(second) == {k: v for k, v in whole.items() if k.startswith("var/")}
 
 
+def test_a_run_goes_on_under_the_name_latest(trained, tmp_path):
+    folder = tmp_path / "digits" / "x"
+    shutil.copytree(trained, folder)
+    (tmp_path / "latest").symlink_to(folder)
+    done = run("train", f"run_dir={tmp_path}/latest", f"runs_dir={tmp_path}", *QUICK)
+    assert done.code == 0, done.err
+    assert (tmp_path / "latest").resolve() == folder.resolve()
+    assert timeless(folder) == timeless(trained)
+
+
 def test_the_tokenizer_alone_leaves_no_other_stage(trained, tmp_path):
     folder = with_classifier(tmp_path / "run", trained)
     done = run("train", f"run_dir={folder}", f"runs_dir={tmp_path}", "stages=[tokenizer]", *QUICK)

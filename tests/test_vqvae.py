@@ -101,3 +101,13 @@ def test_encoding_and_decoding_leave_no_gradient_but_the_forward_does(tokenizer)
     output = tokenizer(images_for(tokenizer))
     (output.images.square().mean() + output.loss).backward()
     assert all(p.grad is not None for p in tokenizer.parameters())
+
+
+def test_an_encoder_and_a_decoder_of_other_strides_are_refused():
+    sizes = {"code_dim": 4, "width": 8, "num_res_blocks": 1}
+    with pytest.raises(ValueError, match="one stride, got 4 and 2"):
+        VQVAE(
+            Encoder(3, multipliers=(1, 2), patch_size=2, **sizes),
+            tiny_quantizer(),
+            Decoder(3, multipliers=(1, 2), **sizes),
+        )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from var_exp.sampling import check_fit
 from var_exp.scales import ScaleSchedule, Side
 from var_exp.tokenizer import VQVAE, Decoder, EMACodebook, Encoder, MultiScaleQuantizer
 from var_exp.transformer import VAR
@@ -175,12 +176,13 @@ def next_scale_prediction(
 ) -> Tensor:
     """Logits (B, s^2, V) of scale `scale_idx` (0-based) from the codes of all coarser scales.
 
-    Equal to that scale's slice of the full forward.
+    Equal to that scale's slice of the full forward, in the mode that the model is in: call
+    `model.eval()` first where dropout should rest.
 
     Args:
         model, tokenizer: as `build` and `build_tokenizer` make them.
         current_tokens: codes (B, s_k^2) of at least the first `scale_idx` scales.
-        scale_idx: 0..K - 1; at 0 the batch size is that of the labels, or 1.
+        scale_idx: 0..K - 1; at 0 the batch size is that of the tokens, else of the labels, or 1.
         labels: (B,) or None for no class.
 
     Raises:
@@ -188,6 +190,7 @@ def next_scale_prediction(
     """
     if isinstance(tokenizer, tuple):
         tokenizer = tokenizer[0]
+    check_fit(model, tokenizer)
     quantizer, schedule = tokenizer.quantizer, model.schedule
     if not 0 <= scale_idx < schedule.num_scales:
         raise ValueError(
@@ -202,6 +205,7 @@ def next_scale_prediction(
     if known:
         inputs = quantizer.teacher_forcing_input(known)
     else:
-        batch_size = 1 if labels is None else len(labels)
+        given = current_tokens[0] if len(current_tokens) else labels
+        batch_size = 1 if given is None else len(given)
         inputs = torch.zeros(batch_size, 0, quantizer.code_dim, device=model.position.device)
     return model(inputs, labels)[:, schedule.slices[scale_idx]]

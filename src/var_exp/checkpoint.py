@@ -18,7 +18,7 @@ from var_exp.spec import build
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
 
-FORMAT = 1
+FORMAT = 2
 KEY = "var_exp"
 
 
@@ -88,6 +88,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"checkpoint: {str(path)!r} is not a checkpoint of var-exp; expected a file that "
             f"`train.py` wrote"
+        )
+    if content[KEY].get("format") != FORMAT:
+        raise ValueError(
+            f"checkpoint: {str(path)!r} has format {content[KEY].get('format')}, this version "
+            f"reads {FORMAT}; use the version of var-exp that wrote it"
         )
     return content
 

@@ -112,9 +112,15 @@ def remove_if_unused(run_dir: Path, log: str) -> None:
 def point_latest(runs_dir: Path, run_dir: Path) -> None:
     """Make `runs_dir / latest` point to this run."""
     runs_dir.mkdir(parents=True, exist_ok=True)
+    runs_dir, run_dir = runs_dir.resolve(), run_dir.resolve()  # a run may be named by `latest`
     beside = runs_dir / f".latest.{os.getpid()}"
     beside.symlink_to(os.path.relpath(run_dir, runs_dir), target_is_directory=True)
     os.replace(beside, runs_dir / "latest")
+
+
+def read_metrics(path: Path) -> dict[str, float]:
+    """The figures of a run folder so far; none where nothing was written yet."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write_metrics(metrics: Mapping[str, float], path: Path) -> None:

@@ -11,11 +11,12 @@ cumulative distribution. So an image does not depend on the batch it is drawn in
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
@@ -69,6 +70,11 @@ def generate(
     """
     check_settings(cfg_scale, top_k, top_p, temperature)
     check_fit(transformer, tokenizer)
+    if labels is not None and num_samples not in (None, len(labels)):
+        raise ValueError(
+            f"sampling: got {len(labels)} labels and num_samples {num_samples}; one label is one "
+            f"sample, so leave num_samples out"
+        )
     if labels is None:
         labels = [transformer.num_classes] * (1 if num_samples is None else num_samples)
     labels = torch.as_tensor(labels, dtype=torch.int64)
@@ -81,12 +87,26 @@ def generate(
         )
     uniforms = torch.from_numpy(draw_uniforms(seed, ids, transformer.schedule.seq_len))
     indices = []
-    for k, logits in guided_logits(transformer, tokenizer, labels, cfg_scale, indices):
-        kept = keep_likeliest(logits / temperature, top_k, top_p)  # (B, n_k, V)
-        u = uniforms[:, transformer.schedule.slices[k]].to(kept.device)  # (B, n_k)
-        indices.append(draw(kept, u))
-    images = decode_by_rows(tokenizer, indices).add(1).div(2)
+    with evaluating(transformer, tokenizer):
+        for k, logits in guided_logits(transformer, tokenizer, labels, cfg_scale, indices):
+            kept = keep_likeliest(logits / temperature, top_k, top_p)  # (B, n_k, V)
+            u = uniforms[:, transformer.schedule.slices[k]].to(kept.device)  # (B, n_k)
+            indices.append(draw(kept, u))
+        images = decode_by_rows(tokenizer, indices).add(1).div(2)
     return Samples(images, indices) if return_indices else images
+
+
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Networks in evaluation mode; whatever happens, each part is left in the mode it had."""
+    modes = [(part, part.training) for network in networks for part in network.modules()]
+    try:
+        for network in networks:
+            network.eval()
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def iterate_samples(

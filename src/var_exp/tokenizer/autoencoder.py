@@ -214,6 +214,7 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.patch_size = patch_size
+        self.stride = patch_size * 2 ** (len(multipliers) - 1)
         widths, blocks = level_sizes(width, multipliers, num_res_blocks)
         lowest = len(widths) - 1
         self.conv_in = conv3x3(code_dim, widths[-1])

@@ -35,7 +35,7 @@ class VQVAE(nn.Module):
         encoder, quantizer, decoder: the parts; their code dimensions must agree.
 
     Raises:
-        ValueError: the parts disagree on the code dimension.
+        ValueError: the parts disagree on the code dimension or the stride.
     """
 
     def __init__(self, encoder: Encoder, quantizer: MultiScaleQuantizer, decoder: Decoder):
@@ -45,6 +45,11 @@ class VQVAE(nn.Module):
             raise ValueError(
                 f"tokenizer: encoder, quantizer and decoder must have one code_dim, got {dims} "
                 f"(tokenizer.*.code_dim)"
+            )
+        if encoder.stride != decoder.stride:
+            raise ValueError(
+                f"tokenizer: encoder and decoder must have one stride, got {encoder.stride} and "
+                f"{decoder.stride} (tokenizer.*.patch_size, tokenizer.*.multipliers)"
             )
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
         self.quant_conv = conv3x3(quantizer.code_dim, quantizer.code_dim)

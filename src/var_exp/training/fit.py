@@ -98,11 +98,12 @@ def fit_stage(
         before = read_progress(last) if last else {"batch": 0, "seconds": 0.0}
         if before["batch"] < num_batches:
             runner.fit(module, datamodule=datamodule, ckpt_path=last, weights_only=True)
+            finish(runner.loggers)
         seconds = progress.seconds if before["batch"] < num_batches else before["seconds"]
-        finish(runner.loggers)
         best = use_best_weights(module, folder)
         runner.logger = None  # the figures of the best weights are no step of training
         results = runner.validate(module, datamodule=datamodule, verbose=False)[0]
+        module.to(runner.strategy.root_device)  # Lightning leaves it on the CPU
     metrics = {name.removeprefix("val/"): value for name, value in results.items()}
     return Fitted(best, metrics, seconds)
 
