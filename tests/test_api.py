@@ -242,3 +242,10 @@ def test_missing_coarser_tokens_are_refused():
 def test_a_label_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"classes in 0\.\.4 .* got 6"):
         next_scale_prediction(small_model(), small_tokenizer(), [], 0, torch.tensor([6]))
+
+
+def test_the_first_scale_is_predicted_for_every_image_whose_tokens_are_given():
+    encoder, model = small_tokenizer(), small_model()
+    tokens = [torch.zeros(2, n, dtype=torch.int64) for n in model.schedule.num_tokens]
+    logits = next_scale_prediction(model, encoder, tokens, 0)
+    assert logits.shape == (2, model.schedule.num_tokens[0], model.vocab_size)

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "spec": set(),
     "tokenizer": {"scales", "spec"},
     "transformer": {"scales", "spec"},
-    "api": NETWORKS,
+    "api": NETWORKS | {"sampling"},
     "sampling": NETWORKS,
     "checkpoint": NETWORKS,
     "official": NETWORKS | {"sampling"},

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from tiny import tiny_quantizer, tiny_tokenizer, tiny_transformer
-from var_exp.checkpoint import KEY, describe, find_checkpoint, load_networks, read_checkpoint
+from var_exp.checkpoint import (
+    FORMAT,
+    KEY,
+    describe,
+    find_checkpoint,
+    load_networks,
+    read_checkpoint,
+)
 from var_exp.sampling import generate
 from var_exp.training.average import averaged_copy
 
@@ -232,11 +239,7 @@ def unknown_argument(content):
 
 
 def empty_about(content):
-    content[KEY] = {}
-
-
-def about_is_no_dict(content):
-    content[KEY] = "mine"
+    content[KEY] = {"format": FORMAT}
 
 
 @pytest.mark.parametrize(
@@ -250,7 +253,6 @@ def about_is_no_dict(content):
         (drop_tokenizer_spec, "tokenizer"),
         (unknown_argument, "rope"),
         (empty_about, "networks"),
-        (about_is_no_dict, ""),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -260,3 +262,14 @@ def test_a_file_whose_parts_do_not_fit_is_refused_with_the_part(file, damage, na
     torch.save(content, file)
     message = refusal(file)
     assert "does not hold the networks it describes" in message and named in message
+
+
+@pytest.mark.parametrize(
+    ("about", "named"),
+    [("mine", "not a checkpoint of var-exp"), ({}, "format None"), ({"format": 1}, "format 1")],
+)
+def test_a_file_of_another_program_or_version_is_refused(file, about, named):
+    content = torch.load(file, weights_only=True)
+    content[KEY] = about
+    torch.save(content, file)
+    assert named in refusal(file)

@@ -393,19 +393,3 @@ def test_the_cache_does_not_outlive_a_failed_sampling(transformer, tokenizer):
     assert full_logits(
         transformer, tokenizer, tokenizer.encode(torch.zeros(1, 3, 10, 10)), [0]
     ).shape == (1, 55, 16)
-
-
-def test_a_network_in_training_samples_without_dropout_and_stays_in_training():
-    tokenizer = tiny_tokenizer()
-    transformer = tiny_transformer(tokenizer.schedule.patch_nums, dropout=0.5).train()
-    first, second = (generate(transformer, tokenizer, [0, 1], seed=3) for _ in range(2))
-    assert torch.equal(first, second)
-    assert all(part.training for part in transformer.modules())
-    assert not any(part.training for part in tokenizer.modules())
-
-
-def test_a_number_of_samples_that_is_not_that_of_the_labels_is_refused():
-    tokenizer = tiny_tokenizer()
-    transformer = tiny_transformer(tokenizer.schedule.patch_nums)
-    with pytest.raises(ValueError, match="1 labels and num_samples 4"):
-        generate(transformer, tokenizer, [0], num_samples=4)

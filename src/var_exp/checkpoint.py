@@ -84,7 +84,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"checkpoint: {str(path)!r} is damaged, holds code, or is not a checkpoint ({reason})"
         ) from None
-    if not isinstance(content, dict) or KEY not in content:
+    if not isinstance(content, dict) or not isinstance(content.get(KEY), dict):
         raise ValueError(
             f"checkpoint: {str(path)!r} is not a checkpoint of var-exp; expected a file that "
             f"`train.py` wrote"
