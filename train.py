@@ -18,7 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from var_exp.checkpoint import find_checkpoint, load_networks
-from var_exp.cli import launch, point_latest, read_metrics, report_errors, summary, write_metrics
+from var_exp.cli import (
+    launch,
+    point_latest,
+    read_metrics,
+    record_composition,
+    report_errors,
+    summary,
+    write_metrics,
+)
 from var_exp.data import ImageDataModule, ImageSource
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.sampling import check_settings
@@ -40,6 +48,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     for stage, module in modules.items():
         check_stage(module, run_dir, **course(cfg, stage))
     evaluator = make_evaluator(cfg, data.source, run_dir)
+    record_composition(cfg, run_dir)
     point_latest(Path(cfg.runs_dir), run_dir)
 
     metrics = read_metrics(run_dir / "metrics.json")  # of a stage that was run here before
@@ -79,7 +88,7 @@ def check_choices(cfg: DictConfig) -> None:
             f"objective: expected a metric of one of the stages {list(cfg.stages)}, such as "
             f"{cfg.stages[-1]}/loss, got {cfg.objective!r}"
         )
-    check_settings(**cfg.sampling)
+    check_settings(**cfg.sampling, seed=cfg.seed)
 
 
 def course(cfg: DictConfig, stage: str) -> dict[str, Any]:

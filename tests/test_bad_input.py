@@ -108,9 +108,7 @@ def test_a_run_folder_of_other_networks_is_not_continued(other, named, copied, t
     options = [f"run_dir={copied}", f"runs_dir={tmp_path}", *QUICK, *other]
     done = run("train", *options)
     assert_refused(done, named, "run folder")
-    after = files(copied)
-    changed = [name for name in before if before[name] != after[name]]
-    assert all(".hydra/" in name or name.endswith(".log") for name in changed)
+    assert files(copied) == before
 
 
 def test_a_tokenizer_that_changed_under_the_transformer_is_refused(copied, tmp_path):

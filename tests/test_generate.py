@@ -21,3 +21,22 @@ def test_a_number_of_samples_that_is_not_that_of_the_labels_is_refused():
     transformer = tiny_transformer(tokenizer.schedule.patch_nums)
     with pytest.raises(ValueError, match="1 labels and num_samples 4"):
         generate(transformer, tokenizer, [0], num_samples=4)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": "hot"},
+        {"top_k": 1.5},
+        {"seed": -1},
+        {"cfg_scale": None},
+        {"top_p": True + 1},
+    ],
+    ids=str,
+)
+def test_a_setting_of_another_type_or_sign_is_named(setting):
+    tokenizer = tiny_tokenizer()
+    transformer = tiny_transformer(tokenizer.schedule.patch_nums)
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"{name} must be .* got {value}"):
+        generate(transformer, tokenizer, [0], **setting)

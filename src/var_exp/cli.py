@@ -118,6 +118,20 @@ def point_latest(runs_dir: Path, run_dir: Path) -> None:
     os.replace(beside, runs_dir / "latest")
 
 
+def record_composition(config: DictConfig, run_dir: Path) -> None:
+    """Write what Hydra keeps under `.hydra`, in its form.
+
+    Not by Hydra, which writes before the job starts: a refused run would replace the record of
+    the run whose folder it names.
+    """
+    hydra = HydraConfig.get()
+    folder = run_dir / ".hydra"
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, folder / "config.yaml")
+    OmegaConf.save({"hydra": hydra}, folder / "hydra.yaml")
+    OmegaConf.save(hydra.overrides.task, folder / "overrides.yaml")
+
+
 def read_metrics(path: Path) -> dict[str, float]:
     """The figures of a run folder so far; none where nothing was written yet."""
     return json.loads(path.read_text()) if path.exists() else {}

@@ -12,6 +12,7 @@ cumulative distribution. So an image does not depend on the batch it is drawn in
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -68,7 +69,7 @@ def generate(
     Raises:
         ValueError: an argument out of its range, or networks that do not fit each other.
     """
-    check_settings(cfg_scale, top_k, top_p, temperature)
+    check_settings(cfg_scale, top_k, top_p, temperature, seed)
     check_fit(transformer, tokenizer)
     if labels is not None and num_samples not in (None, len(labels)):
         raise ValueError(
@@ -241,15 +242,18 @@ def _rng(seed: int, sample_id: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(sample_id,)))
 
 
-def check_settings(cfg_scale: float, top_k: int, top_p: float, temperature: float) -> None:
-    """Raise ValueError for a sampling setting out of its range."""
-    for name, value, expected, ok in (
-        ("cfg_scale", cfg_scale, ">= 0 (0 is no guidance)", cfg_scale >= 0),
-        ("top_k", top_k, ">= 0 (0 keeps all codes)", top_k >= 0),
-        ("top_p", top_p, "in [0, 1] (0 keeps all codes)", 0 <= top_p <= 1),
-        ("temperature", temperature, "> 0", temperature > 0),
+def check_settings(
+    cfg_scale: float, top_k: int, top_p: float, temperature: float, seed: int = 0
+) -> None:
+    """Raise ValueError for a sampling setting of another type or out of its range."""
+    for name, value, kind, expected, fits in (
+        ("cfg_scale", cfg_scale, Real, "a number >= 0 (0 is no guidance)", lambda x: x >= 0),
+        ("top_k", top_k, Integral, "a whole number >= 0 (0 keeps all codes)", lambda x: x >= 0),
+        ("top_p", top_p, Real, "in [0, 1] (0 keeps all codes)", lambda x: 0 <= x <= 1),
+        ("temperature", temperature, Real, "a number > 0", lambda x: x > 0),
+        ("seed", seed, Integral, "a whole number >= 0", lambda x: x >= 0),
     ):
-        if not ok:
+        if not isinstance(value, kind) or not fits(value):
             raise ValueError(f"sampling: {name} must be {expected}, got {value} ({name}=...)")
 
 
