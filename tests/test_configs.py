@@ -253,3 +253,10 @@ def test_what_the_command_line_chooses_wins_over_what_the_data_suggest(data):
     expected = composed("train", *chosen)
     for group in ("transformer", "scales", "tokenizer"):
         assert cfg[group] == expected[group]
+
+
+@every("recipe")
+def test_a_recipe_has_the_last_word_on_every_value_it_names(name):
+    recipe = OmegaConf.load(CONF / "recipe" / f"{name}.yaml")
+    cfg = composed("train", f"data={name}")
+    assert OmegaConf.merge(cfg, recipe) == cfg
