@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from var_exp.checkpoint import Networks, find_checkpoint, load_networks
-from var_exp.cli import launch, report_errors, table
+from var_exp.cli import launch, record_composition, report_errors, table
 from var_exp.evaluation.pictures import class_grid, coarse_to_fine, save_png, to_uint8
+from var_exp.files import replacing
 from var_exp.sampling import iterate_samples
 
 SETTINGS = ("seed", "cfg_scale", "top_k", "top_p", "temperature")
@@ -42,7 +43,7 @@ def sample(cfg: DictConfig, out: Path) -> None:
         batch_size=cfg.batch_size,
         **{name: cfg[name] for name in SETTINGS},
     )
-    out.mkdir(parents=True, exist_ok=True)
+    record_composition(cfg, out)
     for stale in out.glob("[0-9]" * 6 + ".png"):  # of another draw, which would mix with this one
         stale.unlink()
     pixels, codes = [], []
@@ -96,9 +97,8 @@ def write_whole(
     """
     names = networks.info["class_names"]
     array = pixels.permute(0, 2, 3, 1).contiguous().numpy()  # (N, H, W, C)
-    unfinished = out / "unfinished.npz"
-    np.savez(unfinished, arr_0=array, arr_1=labels.numpy())
-    unfinished.replace(out / "samples.npz")
+    with replacing(out / "samples.npz") as unfinished:
+        np.savez(unfinished, arr_0=array, arr_1=labels.numpy())
     shown = pixels[:MAX_GRID] / 255
     save_png(class_grid(shown, labels[:MAX_GRID], names), out / "grid.png")
     steps = networks.tokenizer.decode(codes, per_scale=True)

@@ -12,23 +12,25 @@ SOURCES = sorted(PACKAGE.rglob("*.py")) + SCRIPTS
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 
 NETWORKS = {"scales", "spec", "tokenizer", "transformer"}
+FILES = {"files"}  # how files are written and read
 
 # room: the rooms of ours that it may import, besides itself.
 MAY_IMPORT = {
     "__init__": {"api", "sampling", "scales", "official", "pipeline"},
     "scales": set(),
     "spec": set(),
+    "files": set(),
     "tokenizer": {"scales", "spec"},
     "transformer": {"scales", "spec"},
     "api": NETWORKS | {"sampling"},
     "sampling": NETWORKS,
-    "checkpoint": NETWORKS,
-    "official": NETWORKS | {"sampling"},
-    "pipeline": NETWORKS | {"sampling"},
+    "checkpoint": NETWORKS | FILES,
+    "official": NETWORKS | FILES | {"sampling"},
+    "pipeline": NETWORKS | FILES | {"sampling"},
     "data": {"scales"},
-    "evaluation": NETWORKS | {"sampling", "checkpoint"},
+    "evaluation": NETWORKS | FILES | {"sampling", "checkpoint"},
     "training": NETWORKS | {"sampling", "checkpoint", "data", "evaluation"},
-    "cli": set(),
+    "cli": FILES,
 }
 
 # Libraries that only some rooms may know.

@@ -297,3 +297,12 @@ def test_a_shell_sees_one_line_and_exit_code_1_and_its_folder_as_it_was(tmp_path
     done = run_for_real("sample", "ckpt=nowhere", "out_dir=out", cwd=tmp_path)
     assert_refused(done, "'nowhere'")
     assert tmp_path.is_dir() and not files(tmp_path)
+
+
+def test_a_refused_draw_leaves_the_record_of_the_draw_before_it(trained, tmp_path):
+    options = [f"ckpt={trained}", f"out_dir={tmp_path}/out", "num_samples=2"]
+    assert run("sample", *options).code == 0
+    before = files(tmp_path / "out")
+    assert any(name.startswith(".hydra/") for name in before)
+    assert_refused(run("sample", *options, "temperature=0"), "temperature", "0")
+    assert files(tmp_path / "out") == before

@@ -204,7 +204,7 @@ def test_a_foreign_file_is_refused(file, content):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="there is no file '.*nothing.ckpt'"):
+    with pytest.raises(ValueError, match="nothing.ckpt': there is no such file"):
         read_checkpoint(tmp_path / "nothing.ckpt")
     refusal(tmp_path / "nothing.ckpt")
 

@@ -14,7 +14,7 @@ from var_exp.checkpoint import KEY, load_networks, read_checkpoint
 from var_exp.data import Digits, ImageDataModule
 from var_exp.tokenizer.losses import ReconstructionLoss
 from var_exp.training import TokenizerModule, VARModule
-from var_exp.training.fit import fit_stage, read_progress
+from var_exp.training.fit import fit_stage, progress_in
 from var_exp.training.optim import CosineSchedule
 from var_exp.training.tokenizer_module import perplexity, usage
 from var_exp.transformer import VAR
@@ -232,9 +232,9 @@ def test_a_run_continues_under_its_own_plan_only(name, digits, tmp_path):
 
 def test_the_seconds_of_an_interrupted_run_add_up(digits, tmp_path):
     run("var", digits, tmp_path, Interrupt(5))
-    first = read_progress(tmp_path / "var" / "last.ckpt")["seconds"]
+    first = progress_in(read_checkpoint(tmp_path / "var" / "last.ckpt"))["seconds"]
     run("var", digits, tmp_path)
-    assert read_progress(tmp_path / "var" / "last.ckpt")["seconds"] > first > 0
+    assert progress_in(read_checkpoint(tmp_path / "var" / "last.ckpt"))["seconds"] > first > 0
 
 
 @pytest.mark.parametrize("name", ["batch_size", "num_batches", "val_every"])

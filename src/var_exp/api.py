@@ -7,6 +7,7 @@ next token map in the other's language.
 """
 
 from collections.abc import Sequence
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -155,16 +156,9 @@ def build(
 
 
 def recommended_defaults() -> dict:
-    """The defaults of `build`, as a dict that `build(**...)` takes."""
-    return {
-        "hidden_size": 512,
-        "num_layers": 12,
-        "num_heads": 8,
-        "mlp_ratio": 4.0,
-        "scales": (1, 2, 4, 8, 16),
-        "codebook_size": 1024,
-        "dropout": 0.1,
-    }
+    """The defaults of the design, as a dict that `build(**...)` takes."""
+    design = (p for p in signature(build).parameters.values() if p.kind is not p.KEYWORD_ONLY)
+    return {parameter.name: parameter.default for parameter in design}
 
 
 def next_scale_prediction(

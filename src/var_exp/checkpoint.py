@@ -7,13 +7,12 @@ names of the classes. So a file alone is a complete generator, and loads with
 """
 
 import textwrap
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from var_exp.files import read_tensors
 from var_exp.spec import build
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
@@ -73,17 +72,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: the file is missing, damaged, holds code, or is not one of ours.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # of torch, about the pickle protocol
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"checkpoint: there is no file {str(path)!r}") from None
-    except Exception as error:  # a damaged pickle raises anything, from KeyError to struct.error
-        # Torch's own message explains how to run the code in the file all the same.
-        code = [line for line in str(error).splitlines() if "GLOBAL" in line]
-        reason = code[0].strip() if code else type(error).__name__
-        raise ValueError(
-            f"checkpoint: {str(path)!r} is damaged, holds code, or is not a checkpoint ({reason})"
-        ) from None
+        content = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"checkpoint: {str(path)!r}: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get(KEY), dict):
         raise ValueError(
             f"checkpoint: {str(path)!r} is not a checkpoint of var-exp; expected a file that "

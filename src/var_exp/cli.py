@@ -5,7 +5,6 @@ import difflib
 import functools
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from var_exp.files import replacing
 
 SHOWN = ("psnr", "loss", "acc", "class_accuracy", "seconds")
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -79,8 +80,7 @@ def report_errors(function: Callable[[DictConfig], object]) -> Callable[[DictCon
             ours = not isinstance(error, TypeError) or unknown
             if os.environ.get("HYDRA_FULL_ERROR") == "1" or not ours:
                 raise
-            hydra = HydraConfig.get()
-            remove_if_unused(Path(hydra.runtime.output_dir), f"{hydra.job.name}.log")
+            remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
             sys.exit(f"error: {first_cause(error)}")
 
     return wrapped
@@ -100,22 +100,19 @@ def first_cause(error: BaseException) -> str:
     return " ".join([*lines, *(f"({line})" for line in where)])
 
 
-def remove_if_unused(run_dir: Path, log: str) -> None:
-    """Delete a run folder in which nothing but Hydra has written."""
-    if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= {".hydra", log}:
-        shutil.rmtree(run_dir)
-        if run_dir.parent.resolve() != Path.cwd():
-            with contextlib.suppress(OSError):  # holds other runs
-                run_dir.parent.rmdir()
+def remove_if_empty(run_dir: Path) -> None:
+    """Delete the folder that Hydra made for a run, and the folder around it, if they are empty."""
+    for folder in (run_dir, run_dir.parent):
+        if folder.resolve() != Path.cwd():
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
 
 
 def point_latest(runs_dir: Path, run_dir: Path) -> None:
     """Make `runs_dir / latest` point to this run."""
-    runs_dir.mkdir(parents=True, exist_ok=True)
     runs_dir, run_dir = runs_dir.resolve(), run_dir.resolve()  # a run may be named by `latest`
-    beside = runs_dir / f".latest.{os.getpid()}"
-    beside.symlink_to(os.path.relpath(run_dir, runs_dir), target_is_directory=True)
-    os.replace(beside, runs_dir / "latest")
+    with replacing(runs_dir / "latest") as link:
+        link.symlink_to(os.path.relpath(run_dir, runs_dir), target_is_directory=True)
 
 
 def record_composition(config: DictConfig, run_dir: Path) -> None:
@@ -138,10 +135,9 @@ def read_metrics(path: Path) -> dict[str, float]:
 
 
 def write_metrics(metrics: Mapping[str, float], path: Path) -> None:
-    """Write flat JSON beside its place, then move it there."""
-    beside = path.with_suffix(".json.new")
-    beside.write_text(json.dumps(metrics, indent=2) + "\n")
-    beside.replace(path)
+    """Write them as flat JSON."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 def summary(name: str, metrics: Mapping[str, float], run_dir: Path) -> str:

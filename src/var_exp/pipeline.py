@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from var_exp.files import replacing
 from var_exp.sampling import check_fit, generate
 from var_exp.spec import build
 from var_exp.tokenizer import VQVAE
@@ -128,11 +129,10 @@ class VARPipeline:
         for name in NETWORKS:
             state = getattr(self, name).state_dict()
             tensors = {key: value.cpu().contiguous() for key, value in state.items()}
-            (folder / name).mkdir(exist_ok=True)
-            unfinished = folder / name / f"{WEIGHTS}.unfinished"
-            save_file(tensors, unfinished, metadata={"format": "pt"})
-            os.replace(unfinished, folder / name / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            with replacing(folder / name / WEIGHTS) as unfinished:
+                save_file(tensors, unfinished, metadata={"format": "pt"})
+        with replacing(folder / CONFIG) as unfinished:
+            unfinished.write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "VARPipeline":

@@ -119,25 +119,40 @@ def iterate_samples(
     sample_ids: Sequence[int] | None = None,
     **settings,
 ) -> Iterator[tuple[list[int], Samples]]:
-    """Draw many samples, a batch at a time: yields (sample ids, samples).
+    """Draw many samples, a batch at a time: an iterator over (sample ids, samples).
+
+    What is wrong with the arguments shows at the call, before anything is drawn.
 
     Args:
         labels: one class per sample.
         batch_size: samples at once; whatever it is, a sample stays the same.
         sample_ids: as in `generate`.
-        settings: the other arguments of `generate`.
+        settings: cfg_scale, top_k, top_p, temperature and seed, as in `generate`.
 
     Raises:
         ValueError: no sample asked for, a batch size below 1, or as `generate`.
     """
+    check_settings(**settings)
+    check_fit(transformer, tokenizer)
     if not len(labels):
         raise ValueError("sampling: expected at least 1 sample, got 0 (num_samples=...)")
     if batch_size < 1:
         raise ValueError(f"sampling: batch_size must be at least 1, got {batch_size}")
     ids = list(range(len(labels)) if sample_ids is None else sample_ids)
+    return _iterate(transformer, tokenizer, list(labels), ids, batch_size, settings)
+
+
+def _iterate(
+    transformer: VAR,
+    tokenizer: VQVAE,
+    labels: list[int],
+    ids: list[int],
+    batch_size: int,
+    settings: dict[str, float],
+) -> Iterator[tuple[list[int], Samples]]:
     rows = _round_up(min(batch_size, len(ids)))
     for start in range(0, len(ids), rows):
-        chosen, classes = ids[start : start + rows], list(labels[start : start + rows])
+        chosen, classes = ids[start : start + rows], labels[start : start + rows]
         # Kernels sum in another order for another number of rows, so a short batch is filled up.
         missing = _round_up(len(chosen)) - len(chosen)
         drawn = generate(
@@ -243,7 +258,11 @@ def _rng(seed: int, sample_id: int) -> np.random.Generator:
 
 
 def check_settings(
-    cfg_scale: float, top_k: int, top_p: float, temperature: float, seed: int = 0
+    cfg_scale: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    temperature: float = 1.0,
+    seed: int = 0,
 ) -> None:
     """Raise ValueError for a sampling setting of another type or out of its range."""
     for name, value, kind, expected, fits in (

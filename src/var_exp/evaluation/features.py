@@ -13,10 +13,8 @@ strokes, and an Inception Score then says how evenly samples cover the clusters.
     B batch, N images, (C, H, W) an image, F features
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -26,6 +24,7 @@ from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, cross_entropy
 from torch.utils.data import Dataset
 
 from var_exp.evaluation.pictures import to_uint8
+from var_exp.files import read_tensors, replacing
 
 WIDTH = 8
 MAX_SIDE = 64  #      pixels a side that the classifier looks at
@@ -153,19 +152,17 @@ def train_or_load(path: str | Path, source, seed: int = 0) -> ClassifierFeatures
         return _load(path, source, seed)
     network = train_classifier(source, seed)
     about = _describe(source, seed) | {"task": network.task, "accuracy": network.accuracy}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    torch.save({"about": about, "state_dict": network.state_dict()}, unfinished)
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        torch.save({"about": about, "state_dict": network.state_dict()}, unfinished)
     return network
 
 
 @torch.inference_mode(False)
 def _load(path: Path, source, seed: int) -> ClassifierFeatures:
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = read_tensors(path)
         about, weights = saved["about"], saved["state_dict"]
-    except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"evaluation: {path} is not a classifier of var-exp; delete it and it is trained anew"
         ) from error

@@ -7,7 +7,6 @@ the form that every logger and `save_png` take.
     N images, K scales, (C, H, W) an image with values in [0, 1]; C is 1 or 3
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from var_exp.files import replacing
 
 MIN_SIDE = 64  # smaller images are enlarged to at least this many pixels
 GAP = 4  #       between neighbouring images
@@ -31,12 +32,9 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def save_png(image: np.ndarray, path: str | Path) -> None:
     """Write a uint8 (H, W, 3) or (H, W, 1) array, all at once: a killed run leaves no half file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     pixels = image[:, :, 0] if image.shape[2] == 1 else image
-    Image.fromarray(pixels).save(unfinished, format="PNG")
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        Image.fromarray(pixels).save(unfinished, format="PNG")
 
 
 def grid(images: Tensor, columns: int) -> np.ndarray:

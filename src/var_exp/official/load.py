@@ -8,14 +8,13 @@ what the file holds (`names.py`), and then given the file's weights.
 import contextlib
 import os
 import re
-import warnings
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from var_exp.files import read_tensors
 from var_exp.official.names import Carried, Entry, entries
 from var_exp.official.sizes import State, phi_row, tokenizer_arguments, transformer_arguments
 from var_exp.sampling import check_fit
@@ -90,7 +89,8 @@ def _named(source: Source) -> Iterator[None]:
 
 def _read(source: Source, part: str) -> State:
     """The state dict of one network under its published names."""
-    content = source if isinstance(source, Mapping) else _read_file(source)
+    # Mapped, so that a trainer's optimizer state is never read.
+    content = source if isinstance(source, Mapping) else read_tensors(source, mapped=True)
     for key in ("trainer", part):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -106,21 +106,6 @@ def _read(source: Source, part: str) -> State:
 def _published_name(name: str) -> str:
     """Without what torch.compile and data-parallel wrappers add."""
     return re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", ""))
-
-
-def _read_file(path: str | os.PathLike) -> Any:
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of torch, about the pickle protocol
-            # Mapped, so that a trainer's optimizer state is never read.
-            mapped = zipfile.is_zipfile(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except FileNotFoundError:
-        raise ValueError("there is no such file") from None
-    except Exception as error:  # a damaged pickle raises anything, from KeyError to struct.error
-        # Torch's own message explains how to run the code in the file all the same.
-        code = [line for line in str(error).splitlines() if "GLOBAL" in line]
-        reason = code[0].strip() if code else type(error).__name__
-        raise ValueError(f"damaged, holds code, or is not a checkpoint ({reason})") from None
 
 
 # -- networks -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from var_exp.files import replacing
 from var_exp.official.names import entries
 from var_exp.official.sizes import PHI_RATIO, SOFTMAX_SCALE
 from var_exp.tokenizer import VQVAE, Codebook
@@ -58,12 +59,10 @@ def save_official(
     networks = (transformer, tokenizer)
     states = [None if n is None else official_state_dict(n) for n in networks]
     paths = [None if n is None else Path(folder) / _file_name(n) for n in networks]
-    Path(folder).mkdir(parents=True, exist_ok=True)
     for state, path in zip(states, paths, strict=True):
         if state is not None:
-            unfinished = path.with_name(f"{path.name}.unfinished")
-            torch.save({name: tensor.cpu() for name, tensor in state.items()}, unfinished)
-            os.replace(unfinished, path)
+            with replacing(path) as unfinished:
+                torch.save({name: tensor.cpu() for name, tensor in state.items()}, unfinished)
     return OfficialFiles(*paths)
 
 

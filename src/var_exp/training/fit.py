@@ -17,9 +17,6 @@ from var_exp.training.bars import progress_bar
 from var_exp.training.progress import BatchProgress
 from var_exp.training.stage import StageModule
 
-# Which validation figure the best checkpoint is chosen by.
-MONITORS = {"tokenizer": ("val/psnr", "max"), "var": ("val/loss", "min")}
-
 UNFIT_ADVICE = (
     "does not have many workers",  # images in memory need none
     "module\\(s\\) in eval mode",  # the frozen tokenizer and the average are meant to be
@@ -32,12 +29,11 @@ UNFIT_ADVICE = (
 
 
 class Fitted(NamedTuple):
-    """checkpoint: the best; metrics: its validation figures, without `val/`.
+    """metrics: validation figures of the best weights, without `val/`.
 
     seconds: of training, earlier parts of an interrupted run included.
     """
 
-    checkpoint: Path
     metrics: dict[str, float]
     seconds: float
 
@@ -71,12 +67,11 @@ def fit_stage(
     Raises:
         ValueError: a length below 1, an unknown `resume`, a checkpoint that does not fit.
     """
-    check_stage(module, run_dir, batch_size, num_batches, val_every, seed, resume)
-    plan = {"seed": seed, "batch_size": batch_size, "num_batches": num_batches}
-    progress = BatchProgress(plan)
-    folder, last = run_dir / module.stage, last_checkpoint(run_dir / module.stage, resume)
-    if last is not None:
-        module.on_load_checkpoint(read_checkpoint(last))
+    folder = run_dir / module.stage
+    earlier = check_stage(module, run_dir, batch_size, num_batches, val_every, seed, resume)
+    if earlier is not None:
+        module.on_load_checkpoint(earlier)
+    progress = BatchProgress(make_plan(seed, batch_size, num_batches))
     datamodule.plan(batch_size, num_batches)
     with quiet():
         runner = trainer(
@@ -91,21 +86,23 @@ def fit_stage(
                 progress,
                 *callbacks,
                 progress_bar(module.stage),
-                best_checkpoint(folder, *MONITORS[module.stage]),
+                best_checkpoint(folder, *module.monitor),
                 LastCheckpoint(folder),
             ],
         )
-        before = read_progress(last) if last else {"batch": 0, "seconds": 0.0}
-        if before["batch"] < num_batches:
+        if earlier is not None and progress_in(earlier)["batch"] == num_batches:
+            seconds = progress_in(earlier)["seconds"]  # nothing is left to train
+        else:
+            last = None if earlier is None else last_checkpoint(folder)
             runner.fit(module, datamodule=datamodule, ckpt_path=last, weights_only=True)
+            seconds = progress.seconds
             finish(runner.loggers)
-        seconds = progress.seconds if before["batch"] < num_batches else before["seconds"]
-        best = use_best_weights(module, folder)
+        use_best_weights(module, folder)
         runner.logger = None  # the figures of the best weights are no step of training
         results = runner.validate(module, datamodule=datamodule, verbose=False)[0]
         module.to(runner.strategy.root_device)  # Lightning leaves it on the CPU
     metrics = {name.removeprefix("val/"): value for name, value in results.items()}
-    return Fitted(best, metrics, seconds)
+    return Fitted(metrics, seconds)
 
 
 def check_stage(
@@ -116,8 +113,11 @@ def check_stage(
     val_every: int,
     seed: int,
     resume: str,
-) -> None:
+) -> dict[str, Any] | None:
     """Find what `fit_stage` would refuse, as far as it can be known before earlier stages ran.
+
+    Returns:
+        The checkpoint that the stage goes on from, if it does.
 
     Raises:
         ValueError: see `fit_stage`.
@@ -129,32 +129,41 @@ def check_stage(
             f"model.{module.stage}: batch_size, num_batches and val_every must be at least 1 and "
             f"resume 'auto' or 'never', got {batch_size}, {num_batches}, {val_every}, {resume!r}"
         )
-    last = last_checkpoint(run_dir / module.stage, resume)
-    if last is not None:
-        module.check_networks(read_checkpoint(last))
-        ours = {"seed": seed, "batch_size": batch_size, "num_batches": num_batches}
-        for name, value in read_progress(last)["plan"].items():
-            if ours[name] != value:
-                raise ValueError(
-                    f"resume: the run was started with {name} {value}, now it is {ours[name]}; its "
-                    f"schedules and order of images depend on it: keep it, or start in a new run "
-                    f"folder (run_dir=...), or anew (resume=never)"
-                )
+    last = last_checkpoint(run_dir / module.stage)
+    if resume == "never" or not last.exists():
+        return None
+    earlier = read_checkpoint(last)
+    module.check_networks(earlier)
+    ours = make_plan(seed, batch_size, num_batches)
+    for name, value in progress_in(earlier)["plan"].items():
+        if ours[name] != value:
+            raise ValueError(
+                f"resume: the run was started with {name} {value}, now it is {ours[name]}; its "
+                f"schedules and order of images depend on it: keep it, or start in a new run "
+                f"folder (run_dir=...), or anew (resume=never)"
+            )
+    return earlier
 
 
-def last_checkpoint(folder: Path, resume: str) -> Path | None:
-    """Where a stage goes on, if it does."""
-    last = folder / "last.ckpt"
-    return last if resume == "auto" and last.exists() else None
+def last_checkpoint(folder: Path) -> Path:
+    return folder / "last.ckpt"
 
 
-def use_best_weights(module: StageModule, folder: Path) -> Path:
+def make_plan(seed: int, batch_size: int, num_batches: int) -> dict[str, int]:
+    """What a batch depends on besides its number."""
+    return {"seed": seed, "batch_size": batch_size, "num_batches": num_batches}
+
+
+def progress_in(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What `BatchProgress` wrote into a checkpoint: batch, seconds, plan."""
+    return checkpoint["callbacks"]["BatchProgress"]
+
+
+def use_best_weights(module: StageModule, folder: Path) -> None:
     """Load the best checkpoint; give its averaged weights, where there are, to the network."""
-    best = find_checkpoint(folder)
-    module.load_state_dict(read_checkpoint(best)["state_dict"])
+    module.load_state_dict(read_checkpoint(find_checkpoint(folder))["state_dict"])
     module.network.load_state_dict(module.evaluated.state_dict())
     module.network.eval()
-    return best
 
 
 def best_checkpoint(folder: Path, monitor: str, mode: str) -> ModelCheckpoint:
@@ -169,16 +178,11 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, folder: Path):
-        self.path = folder / "last.ckpt"
+        self.path = last_checkpoint(folder)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
             trainer.save_checkpoint(self.path)
-
-
-def read_progress(path: Path) -> dict[str, Any]:
-    """What `BatchProgress` wrote into a checkpoint: batch, seconds, plan."""
-    return read_checkpoint(path)["callbacks"]["BatchProgress"]
 
 
 def finish(loggers: Sequence[Logger]) -> None:

@@ -33,6 +33,8 @@ class StageModule(L.LightningModule):
 
     stage: str
     network_name: str
+    #: The validation figure that the best checkpoint is chosen by, and "min" or "max".
+    monitor: tuple[str, str]
 
     def __init__(
         self,
@@ -111,14 +113,13 @@ class StageModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_networks(checkpoint)
-        if self.network_name != "tokenizer":
-            self._check_equal(checkpoint, "tokenizer_fingerprint")
 
     def check_networks(self, checkpoint: dict[str, Any]) -> None:
         """Raise ValueError unless the checkpoint is of this stage and of networks like these."""
-        self._check_equal(checkpoint, "stage", "patch_nums", "networks")
+        self.check_equal(checkpoint, "stage", "patch_nums", "networks")
 
-    def _check_equal(self, checkpoint: dict[str, Any], *names: str) -> None:
+    def check_equal(self, checkpoint: dict[str, Any], *names: str) -> None:
+        """Raise ValueError unless the checkpoint says the same of these as this run."""
         theirs = checkpoint[KEY]
         ours = describe(self.stage, self.networks(), theirs["class_names"])
         for name in names:

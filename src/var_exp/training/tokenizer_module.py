@@ -28,6 +28,7 @@ class TokenizerModule(StageModule):
 
     stage = "tokenizer"
     network_name = "tokenizer"
+    monitor = ("val/psnr", "max")
 
     def __init__(
         self,

@@ -37,6 +37,7 @@ class VARModule(StageModule):
 
     stage = "var"
     network_name = "transformer"
+    monitor = ("val/loss", "min")
 
     def __init__(
         self,
@@ -58,6 +59,10 @@ class VARModule(StageModule):
 
     def networks(self) -> dict[str, nn.Module]:
         return {"tokenizer": self.tokenizer, "transformer": self.transformer}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.check_equal(checkpoint, "tokenizer_fingerprint")  # known once stage one is over
 
     def setup(self, stage: str) -> None:
         # Not earlier: stage one may still have to train it.
