@@ -1,5 +1,6 @@
 """Attention is the softmax written out, and a cache changes nothing but the time it takes."""
 
+import cmath
 import math
 
 import pytest
@@ -9,8 +10,9 @@ from tiny import ODD_SCALES, SCALES, stir
 from var_exp.scales import ScaleSchedule
 from var_exp.transformer import KVCache
 from var_exp.transformer.attention import SelfAttention
+from var_exp.transformer.rope import rotation_of
 
-WIDTH, HEADS, HEAD_DIM = 12, 3, 4
+WIDTH, HEADS, HEAD_DIM = 24, 3, 8
 ALL = {"five": SCALES, **ODD_SCALES}
 
 
@@ -18,7 +20,20 @@ def attention(qk_norm, **others):
     return stir(SelfAttention(WIDTH, HEADS, qk_norm, **others)).eval()
 
 
-def slow_attention(module, x, levels, key_bias=None):
+def turned(vectors, places):
+    """Pairs of channels as complex numbers, turned one by one: vectors (n, E), places (n, 2)."""
+    out = vectors.clone()
+    for i, (row, column) in enumerate(places.tolist()):
+        for pair in range(HEAD_DIM // 2):
+            axis, step = (row, pair) if pair < HEAD_DIM // 4 else (column, pair - HEAD_DIM // 4)
+            angle = axis / 100 ** (step / (HEAD_DIM / 4))
+            real, imaginary = vectors[i, 2 * pair : 2 * pair + 2].tolist()
+            product = complex(real, imaginary) * cmath.exp(1j * angle)
+            out[i, 2 * pair], out[i, 2 * pair + 1] = product.real, product.imag
+    return out
+
+
+def slow_attention(module, x, levels, key_bias=None, places=None):
     """Each query alone, head by head, in float64."""
     qkv = x.double() @ module.qkv.weight.double().T  # (B, L, 3C)
     q, k, v = qkv.split(WIDTH, dim=-1)
@@ -34,6 +49,9 @@ def slow_attention(module, x, levels, key_bias=None):
                 if module.log_scale is not None:
                     query, keys = query / query.norm(), keys / keys.norm(dim=1, keepdim=True)
                     scale = min(math.exp(module.log_scale[0, head, 0, 0]), 100.0)
+                if places is not None:
+                    query = turned(query[None], places[i : i + 1])[0]
+                    keys = turned(keys, places[levels <= level])
                 out[b, i, part] = (scale * keys @ query).softmax(0) @ values
     return out @ module.proj.weight.double().T + module.proj.bias
 
@@ -50,6 +68,26 @@ def test_masked_attention_is_the_written_out_softmax_over_coarser_and_equal_scal
     out = module(x, mask=levels[:, None] >= levels[None, :])
     expected = slow_attention(module, x, levels).float()
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("patch_nums", [[1, 2, 3], [[1, 2], [2, 3]]], ids=str)
+@pytest.mark.parametrize("qk_norm", [False, True])
+@torch.no_grad()
+def test_rotary_attention_is_that_of_queries_and_keys_turned_one_by_one(qk_norm, patch_nums):
+    module, schedule = attention(qk_norm), ScaleSchedule(patch_nums)
+    levels, (height, width) = schedule.level_ids(), schedule.latent_size
+    centres = [
+        ((i + 0.5) * height / h, (j + 0.5) * width / w)
+        for h, w in schedule.sizes
+        for i in range(h)
+        for j in range(w)
+    ]
+    x = torch.randn(2, len(levels), WIDTH)
+    mask = levels[:, None] >= levels[None, :]
+    out = module(x, mask=mask, rotation=rotation_of(schedule, HEAD_DIM))
+    expected = slow_attention(module, x, levels, places=torch.tensor(centres)).float()
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(out, module(x, mask=mask), atol=1e-3)
 
 
 @pytest.mark.parametrize("patch_nums", ALL.values(), ids=ALL)

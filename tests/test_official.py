@@ -232,6 +232,9 @@ def test_networks_of_ours_become_published_ones():
     ("network", "named"),
     [
         (lambda: tiny_transformer(block="gpt2"), "transformer.block"),
+        (lambda: tiny_transformer(mlp="swiglu"), r"no SwiGLU, only .* \(transformer.mlp\)"),
+        (lambda: tiny_transformer(norm="rms"), r"no RMSNorm, only .* \(transformer.norm\)"),
+        (lambda: tiny_transformer(rope=True), r"no rotary position .* \(transformer.rope\)"),
         (lambda: tiny_transformer(qk_norm=False), "softmax_scale 1 without QK-norm, only 0.25"),
         (lambda: tiny_tokenizer(tiny_quantizer(per_scale=True)), "codebook for each scale"),
         (lambda: tiny_tokenizer(tiny_quantizer(phi_ratio=0.25)), "phi_ratio 0.25, only 0.5"),

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from tiny import BLOCKS, ODD_SCALES, SCALES, tiny_transformer
 from var_exp.transformer import VAR
@@ -13,8 +14,17 @@ ALL = {"five": SCALES, **ODD_SCALES}
 VAR_256 = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
 VAR_512 = [1, 2, 3, 4, 6, 9, 13, 18, 24, 32]
 
+TOGETHER = {"rope": True, "mlp": "swiglu", "norm": "rms"}
+VARIANTS = {
+    "published": {},
+    "no_qk_norm": {"qk_norm": False},
+    **{key: {key: value} for key, value in TOGETHER.items()},
+    "together": TOGETHER,
+    "together_no_qk_norm": TOGETHER | {"qk_norm": False},
+}
+
 every_block = pytest.mark.parametrize("block", BLOCKS)
-with_and_without_qk_norm = pytest.mark.parametrize("qk_norm", [True, False])
+every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
 
 def inputs_for(network, batch_size=2):
@@ -36,10 +46,10 @@ def logits_with_cache(network, inputs, labels):
 
 @pytest.mark.parametrize("patch_nums", ALL.values(), ids=ALL)
 @every_block
-@with_and_without_qk_norm
+@every_variant
 @torch.no_grad()
-def test_scale_by_scale_with_the_cache_equals_the_masked_forward(patch_nums, block, qk_norm):
-    network = tiny_transformer(patch_nums, block, qk_norm)
+def test_scale_by_scale_with_the_cache_equals_the_masked_forward(patch_nums, block, variant):
+    network = tiny_transformer(patch_nums, block, **variant)
     inputs, labels = inputs_for(network), torch.tensor([2, 3])
     full = network(inputs, labels)
     assert full.shape == (2, network.schedule.seq_len, network.vocab_size)
@@ -49,11 +59,11 @@ def test_scale_by_scale_with_the_cache_equals_the_masked_forward(patch_nums, blo
 
 @pytest.mark.parametrize("patch_nums", ALL.values(), ids=ALL)
 @every_block
-@with_and_without_qk_norm
+@every_variant
 @torch.no_grad()
-def test_changing_the_input_of_a_scale_changes_no_coarser_logits(patch_nums, block, qk_norm):
+def test_changing_the_input_of_a_scale_changes_no_coarser_logits(patch_nums, block, variant):
     """The input of scale k + 1 is all that the codes of scale k touch first."""
-    network = tiny_transformer(patch_nums, block, qk_norm)
+    network = tiny_transformer(patch_nums, block, **variant)
     inputs, labels = inputs_for(network), torch.tensor([0, 1])
     before, first = network(inputs, labels), network.schedule.num_tokens[0]
     for where in network.schedule.slices[1:]:
@@ -120,9 +130,10 @@ def test_the_mlp_has_the_tanh_gelu():
 
 
 @every_block
+@every_variant
 @torch.no_grad()
-def test_fewer_scales_in_are_fewer_scales_out(block):
-    network = tiny_transformer(block=block)
+def test_fewer_scales_in_are_fewer_scales_out(block, variant):
+    network = tiny_transformer(block=block, **variant)
     inputs, labels = inputs_for(network), torch.tensor([0, 1])
     full = network(inputs, labels)
     for where in network.schedule.slices:
@@ -175,9 +186,17 @@ def test_zero_classes_leave_only_no_class():
         network(inputs, torch.tensor([0, 1]))
 
 
-def test_an_unknown_block_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"\['adaln', 'gpt2', 'shared_adaln'\], got 'dit'"):
-        VAR([1, 2], block="dit")
+@pytest.mark.parametrize(
+    ("option", "known"),
+    [
+        ("block", r"\['adaln', 'gpt2', 'shared_adaln'\]"),
+        ("mlp", r"\['gelu', 'swiglu'\]"),
+        ("norm", r"\['layer', 'rms'\]"),
+    ],
+)
+def test_an_unknown_part_is_refused_with_the_known_ones(option, known):
+    with pytest.raises(ValueError, match=rf"{known}, got 'dit' \(transformer\.{option}\)"):
+        VAR([1, 2], **{option: "dit"})
 
 
 @pytest.mark.parametrize("num_heads", [0, 3])
@@ -190,9 +209,10 @@ def test_a_width_that_the_heads_do_not_divide_is_refused(num_heads):
 
 
 @every_block
+@every_variant
 @torch.no_grad()
-def test_logits_are_float32_and_close_under_bf16_autocast(block):
-    network = tiny_transformer(block=block)
+def test_logits_are_float32_and_close_under_bf16_autocast(block, variant):
+    network = tiny_transformer(block=block, **variant)
     inputs, labels = inputs_for(network), torch.tensor([0, 1])
     exact = network(inputs, labels)
     with torch.autocast("cpu", torch.bfloat16):
@@ -203,9 +223,9 @@ def test_logits_are_float32_and_close_under_bf16_autocast(block):
 
 
 @every_block
-@with_and_without_qk_norm
-def test_every_parameter_takes_part_in_training(block, qk_norm):
-    network = tiny_transformer(block=block, qk_norm=qk_norm).train()
+@every_variant
+def test_every_parameter_takes_part_in_training(block, variant):
+    network = tiny_transformer(block=block, **variant).train()
     network(inputs_for(network), torch.tensor([0, 1])).logsumexp(dim=-1).sum().backward()
     idle = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()]
     assert idle == []
@@ -263,10 +283,12 @@ def test_masks_and_levels_stay_out_of_checkpoints(transformer):
     assert set(transformer.state_dict()) == {name for name, _ in transformer.named_parameters()}
 
 
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 @pytest.mark.parametrize("block", ["adaln", "shared_adaln"])
-def test_initial_weights_are_as_published(block):
+def test_initial_weights_are_as_published(block, mlp):
     width, depth, gate_init = 192, 3, 1e-2
-    network = VAR([1, 2, 3], 512, depth=depth, width=width, block=block, gate_init=gate_init)
+    sizes = {"depth": depth, "width": width, "gate_init": gate_init}
+    network = VAR([1, 2, 3], 512, block=block, mlp=mlp, **sizes)
     std = math.sqrt(1 / (3 * width))
     expected = {
         network.class_embedding.weight: std,
@@ -299,24 +321,25 @@ def test_initial_weights_are_as_published(block):
     torch.testing.assert_close(scales, torch.full_like(scales, math.log(4)))
 
 
-def test_gpt2s_norms_have_affine_weights_at_one_and_the_papers_have_none():
+@pytest.mark.parametrize(("norm", "kind"), [("layer", nn.LayerNorm), ("rms", nn.RMSNorm)])
+def test_gpt2s_norms_have_affine_weights_at_one_and_the_papers_have_none(norm, kind):
+    sizes = {"depth": 2, "width": 16, "num_heads": 2, "norm": norm}
     norms = {
-        block: [m for m in tiny(block).modules() if isinstance(m, torch.nn.LayerNorm)]
+        block: [m for m in VAR([1, 2], 16, block=block, **sizes).modules() if isinstance(m, kind)]
         for block in BLOCKS
     }
-    assert all((n.weight == 1).all() and (n.bias == 0).all() for n in norms["gpt2"])
+    assert [len(ns) for ns in norms.values()] == [5, 5, 5]  # two for each block, one for the head
+    assert all((n.weight == 1).all() for n in norms["gpt2"])
+    assert all((n.bias == 0).all() for n in norms["gpt2"] if norm == "layer")
     assert all(n.weight is None for n in norms["adaln"] + norms["shared_adaln"])
     assert all(n.eps == 1e-6 for ns in norms.values() for n in ns)
 
 
-def tiny(block):
-    return VAR([1, 2], 16, depth=2, width=16, num_heads=2, block=block)
-
-
 @torch.no_grad()
+@every_variant
 @every_block
-def test_the_first_loss_is_that_of_guessing(block):
-    network = VAR([1, 2, 3], 512, 8, 10, depth=2, width=64, block=block)
+def test_the_first_loss_is_that_of_guessing(block, variant):
+    network = VAR([1, 2, 3], 512, 8, 10, depth=2, width=64, block=block, **variant)
     logits = network(torch.randn(4, 13, 8), torch.arange(4))
     loss = -logits.log_softmax(dim=-1).mean()
     assert abs(loss - math.log(512)) < 0.01

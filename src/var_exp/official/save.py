@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from var_exp.files import replacing
 from var_exp.official.names import entries
 from var_exp.official.sizes import PHI_RATIO, SOFTMAX_SCALE
 from var_exp.tokenizer import VQVAE, Codebook
 from var_exp.transformer import VAR
-from var_exp.transformer.block import AdaLNHead
+from var_exp.transformer.block import MLP, AdaLNHead
 
 
 class OfficialFiles(NamedTuple):
@@ -78,7 +78,14 @@ def _unsayable(network: VAR | VQVAE) -> Iterator[str]:
     if isinstance(network, VAR):
         if not isinstance(network.head, AdaLNHead):
             yield "block 'gpt2', only 'adaln' and 'shared_adaln' (transformer.block)"
-        attention = network.blocks[0].attn
+        block = network.blocks[0]
+        if not isinstance(block.mlp, MLP):
+            yield f"{type(block.mlp).__name__}, only the MLP with GELU (transformer.mlp)"
+        if not isinstance(block.norm1, nn.LayerNorm):
+            yield f"{type(block.norm1).__name__}, only LayerNorm (transformer.norm)"
+        if network.rotation is not None:
+            yield "rotary position embedding (transformer.rope)"
+        attention = block.attn
         scale = attention.scale * math.sqrt(attention.head_dim)
         if attention.log_scale is None and not math.isclose(scale, SOFTMAX_SCALE):
             yield (

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from var_exp.transformer.rope import rotate
+
 
 class KVCache:
     """Keys and values of every layer for a whole sequence, allocated once.
@@ -103,8 +105,20 @@ class SelfAttention(nn.Module):
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
         where: slice | None = None,
+        rotation: Tensor | None = None,
     ) -> Tensor:
-        """(B, n, C) -> (B, n, C), either under a mask (n, n) or extending a cache at `where`."""
+        """Attend, either under a mask or to what a cache holds and these tokens.
+
+        Args:
+            x: (B, n, C).
+            mask: (n, n), true where a query (row) sees a key; None sees all.
+            cache: extended by these tokens at `where`.
+            rotation: (2, n, E / 2) of these tokens, from `rotation_of`. It comes after QK-norm,
+                which it leaves as it is; the cache holds turned keys.
+
+        Returns:
+            (B, n, C).
+        """
         b, n, c = x.shape
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, bias)  # (B, n, 3C)
@@ -113,7 +127,9 @@ class SelfAttention(nn.Module):
         if self.log_scale is not None:
             q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=self.MAX_LOG_SCALE).exp()
             k = F.normalize(k, dim=-1)
-            q, k = q.to(v.dtype), k.to(v.dtype)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             k, v = cache.extend(k, v, where)  # (B, H, where.stop, E)
         rate = self.dropout if self.training else 0.0

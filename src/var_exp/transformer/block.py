@@ -9,6 +9,8 @@
 A block is told in two steps, `vectors = block.modulation(condition)` and `block(x, vectors)`:
 the vectors depend on the class alone, so sampling computes them once for all scales.
 
+What a block is made of is given to it: the attention and the MLP as modules, the norm as a class.
+
     B batch, n tokens, C width
 """
 
@@ -17,16 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 
-from var_exp.transformer.attention import LayerCache, SelfAttention
-
 NORM_EPS = 1e-6
 
 
 class MLP(nn.Module):
-    """Linear, tanh-GELU, linear."""
+    """Linear, tanh-GELU, linear.
 
-    def __init__(self, width: int, hidden: int, dropout: float):
+    Args:
+        width: C.
+        mlp_ratio: hidden width over C.
+        dropout: of the output, in [0, 1).
+    """
+
+    def __init__(self, width: int, mlp_ratio: float, dropout: float):
         super().__init__()
+        hidden = round(width * mlp_ratio)
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
 
@@ -34,12 +41,34 @@ class MLP(nn.Module):
         return self.dropout(self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
 
 
+class SwiGLU(nn.Module):
+    """A linear gated by the SiLU of another, then linear (Shazeer, arXiv 2002.05202, equation 6).
+
+    Three matrices instead of two: the hidden width is 2/3 of `MLP`'s, in multiples of 8, which
+    keeps the number of parameters (section 2 of the paper). Biases as in `MLP`.
+
+    Args:
+        width, mlp_ratio, dropout: as `MLP`.
+    """
+
+    def __init__(self, width: int, mlp_ratio: float, dropout: float):
+        super().__init__()
+        hidden = 8 * max(1, round(width * mlp_ratio * 2 / 3 / 8))
+        self.fc1, self.fc2 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.dropout(self.fc2(F.silu(gate) * value))
+
+
 class Block(nn.Module):
     """GPT-2's pre-norm block; the class enters through the start token alone.
 
     Args:
-        width, num_heads, qk_norm, softmax_scale, dropout: see `SelfAttention`.
-        mlp_ratio: hidden width of the MLP over the width.
+        width: C.
+        attn, mlp: what follows each norm, (B, n, C) -> (B, n, C).
+        norm: `nn.LayerNorm` or `nn.RMSNorm` (Zhang and Sennrich, arXiv 1910.07467).
         drop_path: probability of skipping a branch for a sample (arXiv 1603.09382).
     """
 
@@ -48,18 +77,16 @@ class Block(nn.Module):
     def __init__(
         self,
         width: int,
-        num_heads: int,
-        mlp_ratio: float,
-        qk_norm: bool,
-        softmax_scale: float,
-        dropout: float,
+        attn: nn.Module,
+        mlp: nn.Module,
+        norm: type[nn.Module],
         drop_path: float,
     ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, NORM_EPS, elementwise_affine=self.affine)
-        self.attn = SelfAttention(width, num_heads, qk_norm, softmax_scale, dropout)
-        self.norm2 = nn.LayerNorm(width, NORM_EPS, elementwise_affine=self.affine)
-        self.mlp = MLP(width, round(width * mlp_ratio), dropout)
+        self.norm1 = norm(width, NORM_EPS, elementwise_affine=self.affine)
+        self.attn = attn
+        self.norm2 = norm(width, NORM_EPS, elementwise_affine=self.affine)
+        self.mlp = mlp
         self.drop_path = drop_path
 
     @staticmethod
@@ -70,15 +97,9 @@ class Block(nn.Module):
     def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
         return ()
 
-    def forward(
-        self,
-        x: Tensor,
-        vectors: tuple[Tensor, ...],
-        mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-        where: slice | None = None,
-    ) -> Tensor:
-        x = x + self.skip(self.attn(self.norm1(x), mask, cache, where))
+    def forward(self, x: Tensor, vectors: tuple[Tensor, ...], **seen) -> Tensor:
+        """(B, n, C) -> (B, n, C); `seen` goes to the attention: what the tokens see."""
+        x = x + self.skip(self.attn(self.norm1(x), **seen))
         return x + self.skip(self.mlp(self.norm2(x)))  # (B, n, C)
 
     def skip(self, branch: Tensor) -> Tensor:
@@ -93,8 +114,8 @@ class AdaLNBlock(Block):
 
     affine = False
 
-    def __init__(self, width: int, *args, **kwargs):
-        super().__init__(width, *args, **kwargs)
+    def __init__(self, width: int, *parts):
+        super().__init__(width, *parts)
         self._make_modulation(width)
 
     def _make_modulation(self, width: int) -> None:
@@ -104,17 +125,10 @@ class AdaLNBlock(Block):
         """(B, C) -> gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp (B, 1, C)."""
         return self.ada_lin(F.silu(condition)).unsqueeze(1).chunk(6, dim=-1)
 
-    def forward(
-        self,
-        x: Tensor,
-        vectors: tuple[Tensor, ...],
-        mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-        where: slice | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, vectors: tuple[Tensor, ...], **seen) -> Tensor:
         gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = vectors
         h = modulate(self.norm1(x), scale_attn, shift_attn)
-        x = x + self.skip(gate_attn * self.attn(h, mask, cache, where))
+        x = x + self.skip(gate_attn * self.attn(h, **seen))
         h = modulate(self.norm2(x), scale_mlp, shift_mlp)
         return x + self.skip(gate_mlp * self.mlp(h))  # (B, n, C)
 
@@ -142,13 +156,13 @@ class SharedAdaLNBlock(AdaLNBlock):
 
 
 class Head(nn.Module):
-    """Last norm and linear to the vocabulary, with GPT-2's affine norm."""
+    """Last norm and linear to the vocabulary, with GPT-2's affine norm; `norm` as in `Block`."""
 
     affine = True
 
-    def __init__(self, width: int, vocab_size: int):
+    def __init__(self, width: int, vocab_size: int, norm: type[nn.Module]):
         super().__init__()
-        self.norm = nn.LayerNorm(width, NORM_EPS, elementwise_affine=self.affine)
+        self.norm = norm(width, NORM_EPS, elementwise_affine=self.affine)
         self.linear = nn.Linear(width, vocab_size)
 
     def modulation(self, embedding: Tensor) -> tuple[Tensor, ...]:
@@ -163,8 +177,8 @@ class AdaLNHead(Head):
 
     affine = False
 
-    def __init__(self, width: int, vocab_size: int):
-        super().__init__(width, vocab_size)
+    def __init__(self, width: int, vocab_size: int, norm: type[nn.Module]):
+        super().__init__(width, vocab_size, norm)
         self.ada_lin = nn.Linear(width, 2 * width)
 
     def modulation(self, embedding: Tensor) -> tuple[Tensor, ...]:

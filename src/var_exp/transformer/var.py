@@ -9,21 +9,32 @@ is the image as known after scale k - 1, resized to (h_k, w_k); the first scale 
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from var_exp.scales import ScaleSchedule, Side
 from var_exp.spec import recorded
-from var_exp.transformer.attention import KVCache
-from var_exp.transformer.block import AdaLNBlock, AdaLNHead, Block, Head, SharedAdaLNBlock
+from var_exp.transformer.attention import KVCache, SelfAttention
+from var_exp.transformer.block import (
+    MLP,
+    AdaLNBlock,
+    AdaLNHead,
+    Block,
+    Head,
+    SharedAdaLNBlock,
+    SwiGLU,
+)
+from var_exp.transformer.rope import rotation_of
 
 BLOCKS = {
     "gpt2": (Block, Head),
     "adaln": (AdaLNBlock, AdaLNHead),
     "shared_adaln": (SharedAdaLNBlock, AdaLNHead),
 }
+MLPS = {"gelu": MLP, "swiglu": SwiGLU}
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
 class Condition(NamedTuple):
@@ -49,14 +60,21 @@ class VAR(nn.Module):
         depth: number of blocks.
         width: C; the paper's 64 * depth unless given.
         num_heads: heads; C / 64 unless given.
-        mlp_ratio: hidden width of the MLPs over C.
+        mlp_ratio: hidden width of the MLPs over C; see `SwiGLU` for its own.
         block: "adaln" (the paper), "shared_adaln" (its d36) or "gpt2".
         qk_norm, softmax_scale, dropout: see `SelfAttention`.
         drop_path: of the last block; grows linearly from 0 at the first.
         gate_init: factor on the gates' initial weights.
+        mlp: "gelu" (the paper) or "swiglu" (arXiv 2002.05202), with as many parameters.
+        norm: "layer" (the paper) or "rms" (arXiv 1910.07467), of the blocks and the head; with
+            affine weights in GPT-2's blocks alone, whichever it is.
+        rope: turn queries and keys by their place in the image (`rope.py`, arXiv 2104.09864).
+            It has no weights and comes on top of the position embedding, which stays: the
+            rotation tells how far apart two tokens are, not where in the image they are.
 
     Raises:
-        ValueError: an unknown block, or a width that the heads do not divide.
+        ValueError: an unknown block, MLP or norm, a width that the heads do not divide, or with
+            rope a head dimension that 4 does not divide.
     """
 
     def __init__(
@@ -75,19 +93,18 @@ class VAR(nn.Module):
         dropout: float = 0.0,
         drop_path: float = 0.0,
         gate_init: float = 1e-3,
+        mlp: str = "gelu",
+        norm: str = "layer",
+        rope: bool = False,
     ):
         super().__init__()
-        if block not in BLOCKS:
-            raise ValueError(
-                f"transformer: block must be one of {sorted(BLOCKS)}, got {block!r} "
-                f"(transformer.block)"
-            )
+        block_class, head_class = chosen(BLOCKS, "block", block)
+        mlp_class, norm_class = chosen(MLPS, "mlp", mlp), chosen(NORMS, "norm", norm)
         self.schedule = ScaleSchedule(patch_nums)
         self.vocab_size, self.code_dim, self.num_classes = vocab_size, code_dim, num_classes
         self.width = 64 * depth if width is None else width
         self.num_heads = max(1, self.width // 64) if num_heads is None else num_heads
         self.dropout = nn.Dropout(dropout)
-        block_class, head_class = BLOCKS[block]
 
         self.class_embedding = nn.Embedding(num_classes + 1, self.width)
         self.code_projection = nn.Linear(code_dim, self.width)
@@ -98,15 +115,21 @@ class VAR(nn.Module):
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             block_class(
-                self.width, self.num_heads, mlp_ratio, qk_norm, softmax_scale, dropout, rate
+                self.width,
+                SelfAttention(self.width, self.num_heads, qk_norm, softmax_scale, dropout),
+                mlp_class(self.width, mlp_ratio, dropout),
+                norm_class,
+                rate,
             )
             for rate in rates
         )
-        self.head = head_class(self.width, vocab_size)
+        self.head = head_class(self.width, vocab_size, norm_class)
 
         levels = self.schedule.level_ids()  # (L,)
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("mask", levels[:, None] >= levels[None, :], persistent=False)
+        rotation = rotation_of(self.schedule, self.width // self.num_heads) if rope else None
+        self.register_buffer("rotation", rotation, persistent=False)  # (2, L, E / 2)
         self.init_weights(gate_init)
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -129,9 +152,9 @@ class VAR(nn.Module):
         length = x.shape[1]
         self.schedule.num_scales_in(length)
         x = self.dropout(x + self.places(slice(0, length)))
-        mask = self.mask[:length, :length]
+        mask, rotation = self.mask[:length, :length], self.rotation_at(slice(0, length))
         for block, vectors in zip(self.blocks, condition.blocks, strict=True):
-            x = block(x, vectors, mask=mask)
+            x = block(x, vectors, mask=mask, rotation=rotation)
         return self.head(x, condition.head)
 
     def forward_scale(
@@ -148,8 +171,10 @@ class VAR(nn.Module):
         where = self.schedule.slices[k]
         x = self.start_tokens(condition) if inputs is None else self.code_projection(inputs)
         x = x + self.places(where)  # (B, n_k, C)
+        rotation = self.rotation_at(where)
         for i, block in enumerate(self.blocks):
-            x = block(x, condition.blocks[i], cache=cache.layer(i), where=where)
+            seen = {"cache": cache.layer(i), "where": where, "rotation": rotation}
+            x = block(x, condition.blocks[i], **seen)
         return self.head(x, condition.head)
 
     def condition(self, labels: Tensor) -> Condition:
@@ -182,6 +207,10 @@ class VAR(nn.Module):
         """Position and level embedding of some tokens: (1, n, C)."""
         return self.position[:, where] + self.level_embedding(self.levels[where])
 
+    def rotation_at(self, where: slice) -> Tensor | None:
+        """What turns the queries and keys of some tokens: (2, n, E / 2), None without rope."""
+        return None if self.rotation is None else self.rotation[:, where]
+
     def make_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for one batch of whole sequences."""
         weight = self.code_projection.weight
@@ -213,3 +242,12 @@ class VAR(nn.Module):
         self.head.linear.weight *= 0.02
         if isinstance(self.head, AdaLNHead):
             self.head.ada_lin.weight *= 0.5
+
+
+def chosen(choices: dict[str, Any], key: str, name: str) -> Any:
+    """The entry that a configuration names under `transformer.<key>`."""
+    if name not in choices:
+        raise ValueError(
+            f"transformer: {key} must be one of {sorted(choices)}, got {name!r} (transformer.{key})"
+        )
+    return choices[name]
