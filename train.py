@@ -7,6 +7,7 @@ python train.py --cfg job                what would run
 """
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from var_exp.checkpoint import find_checkpoint, load_networks
 from var_exp.cli import (
     launch,
     point_latest,
@@ -31,9 +31,11 @@ from var_exp.data import ImageDataModule, ImageSource
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.sampling import check_settings
 from var_exp.scales import ScaleSchedule
+from var_exp.sources import read_tokenizer
 from var_exp.tokenizer import VQVAE
 from var_exp.training.fit import check_stage, fit_stage
 from var_exp.training.stage import StageModule
+from var_exp.transfer import start_from
 from var_exp.transformer import VAR
 
 
@@ -46,7 +48,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     tokenizer = make_tokenizer(cfg, data.source, run_dir)
     modules = make_modules(cfg, data.source, tokenizer)  # all of them: mistakes show now
     for stage, module in modules.items():
-        check_stage(module, run_dir, **course(cfg, stage))
+        check_stage(module, run_dir, **course(cfg, stage, data.source))
     evaluator = make_evaluator(cfg, data.source, run_dir)
     record_composition(cfg, run_dir)
     point_latest(Path(cfg.runs_dir), run_dir)
@@ -57,9 +59,11 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         scores = module.final_scores(evaluator, run_dir / "samples")
         results = fitted.metrics | scores | {"seconds": fitted.seconds}
         metrics |= {f"{stage}/{name}": value for name, value in results.items()}
-        write_metrics(metrics, run_dir / "metrics.json")
-    print(summary(cfg.name, metrics, run_dir))
-    report_bad_images(data.source)
+        if data.rank == 0:
+            write_metrics(metrics, run_dir / "metrics.json")
+    if data.rank == 0:
+        print(summary(cfg.name, metrics, run_dir, cfg.expected))
+        report_bad_images(data.source)
     return metrics
 
 
@@ -91,12 +95,15 @@ def check_choices(cfg: DictConfig) -> None:
     check_settings(**cfg.sampling, seed=cfg.seed)
 
 
-def course(cfg: DictConfig, stage: str) -> dict[str, Any]:
+def course(cfg: DictConfig, stage: str, source: ImageSource) -> dict[str, Any]:
     """What decides a stage's batches, and whether it goes on: arguments of `fit_stage`."""
     model = cfg.model[stage]
+    num_batches = model.num_batches
+    if model.epochs:
+        num_batches = math.ceil(model.epochs * math.ceil(len(source.train) / model.batch_size))
     return {
         "batch_size": model.batch_size,
-        "num_batches": model.num_batches,
+        "num_batches": num_batches,
         "val_every": model.val_every,
         "seed": cfg.seed,
         "resume": cfg.resume,
@@ -121,14 +128,11 @@ def make_tokenizer(cfg: DictConfig, source: ImageSource, run_dir: Path) -> VQVAE
             decoder={"out_channels": source.channels},
             _convert_="all",
         )
+        start_from(cfg.init_from, tokenizer, cfg.stages)
     else:
-        given = cfg.tokenizer_ckpt or run_dir
-        if given == run_dir and not (run_dir / "tokenizer").is_dir():
-            raise ValueError(
-                "stages: [var] alone needs a trained tokenizer; set tokenizer_ckpt=PATH to a "
-                "checkpoint or run folder that has one"
-            )
-        tokenizer = load_networks(find_checkpoint(given, stages=("tokenizer", "var"))).tokenizer
+        own = run_dir if (run_dir / "tokenizer").is_dir() else None
+        places = {"tokenizer_ckpt": cfg.tokenizer_ckpt, "run_dir": own, "init_from": cfg.init_from}
+        tokenizer = read_tokenizer(places, cfg.scales.patch_nums)
     if tokenizer.schedule != ScaleSchedule(cfg.scales.patch_nums):
         raise ValueError(
             f"tokenizer_ckpt: the tokenizer has scales {tokenizer.schedule.patch_nums}, this run "
@@ -162,13 +166,15 @@ def make_modules(cfg: DictConfig, source: ImageSource, tokenizer: VQVAE) -> dict
 
 def make_transformer(cfg: DictConfig, source: ImageSource, tokenizer: VQVAE) -> VAR:
     torch.manual_seed(cfg.seed)
-    return instantiate(
+    transformer = instantiate(
         cfg.transformer,
         vocab_size=tokenizer.quantizer.vocab_size,
         code_dim=tokenizer.quantizer.code_dim,
         num_classes=source.num_classes,
         _convert_="all",
     )
+    start_from(cfg.init_from, transformer, cfg.stages)
+    return transformer
 
 
 def make_evaluator(cfg: DictConfig, source: ImageSource, run_dir: Path) -> Evaluator:
@@ -196,7 +202,7 @@ def fit(cfg: DictConfig, module: StageModule, data, evaluator: Evaluator, run_di
         run_dir=run_dir,
         callbacks=own,
         loggers=[instantiate(c) for c in cfg.logger.values()],
-        **course(cfg, module.stage),
+        **course(cfg, module.stage, data.source),
     )
 
 

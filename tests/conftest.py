@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from command import TINY, Finished, run_for_real
+from published import tokenizer_state, transformer_state
 from tiny import tiny_tokenizer, tiny_transformer
+from var_exp.data import Digits
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
 
@@ -30,6 +32,14 @@ def transformer() -> VAR:
 
 
 @pytest.fixture(scope="session")
+def digits() -> Digits:
+    """The embedded images, set up."""
+    source = Digits()
+    source.setup()
+    return source
+
+
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     """Where `python train.py` ran, small, on the digits, and what it said."""
     place = tmp_path_factory.mktemp("finished")
@@ -48,3 +58,12 @@ def trained(finished: tuple[Path, Finished]) -> Path:
 def copied(trained: Path, tmp_path: Path) -> Path:
     """A run folder like `trained` that a test may change."""
     return Path(shutil.copytree(trained, tmp_path / "copied", symlinks=True))
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files under the names of the published model var_d16, with tiny networks in them."""
+    folder = tmp_path_factory.mktemp("published")
+    torch.save(transformer_state(), folder / "var_d16.pth")
+    torch.save(tokenizer_state(), folder / "vae_ch160v4096z32.pth")
+    return folder

@@ -18,6 +18,8 @@ from var_exp.cli import CONF
 from var_exp.data import ImageDataModule, ImageSource
 from var_exp.scales import ScaleSchedule
 from var_exp.tokenizer import VQVAE
+from var_exp.training.optim import LinearSchedule
+from var_exp.training.scaling_law import LAST_SCALE, MEAN
 from var_exp.training.stage import StageModule
 from var_exp.transformer import VAR
 
@@ -120,6 +122,16 @@ def test_every_transformer_is_built(name, num_classes):
         network = instantiate(cfg.transformer, **values, _convert_="all")
     assert isinstance(network, VAR) and network.num_classes == num_classes
     assert network.schedule == ScaleSchedule(cfg.scales.patch_nums)
+
+
+@every("transformer")
+def test_every_transformer_takes_every_option(name):
+    options = {"rope": True, "mlp": "swiglu", "norm": "rms", "mlp_ratio": 2.0, "drop_path": 0.3}
+    arguments = [f"transformer.{key}={value}" for key, value in options.items()]
+    cfg = composed("train", f"transformer={name}", "scales=var_256", *arguments)
+    with torch.device("meta"):
+        network = instantiate(cfg.transformer, _convert_="all")
+    assert options.items() <= network.spec.items()
 
 
 @pytest.mark.parametrize(
@@ -230,9 +242,84 @@ def command_in(path: Path) -> list[str]:
 def test_every_experiment_opens_with_its_command_and_that_command_works(name):
     arguments = command_in(CONF / "experiment" / f"{name}.yaml")
     assert arguments[0] == f"experiment={name}"
-    cfg = composed("train", *arguments)
-    assert resolved(cfg)
-    build_networks(cfg)
+    assert resolved(composed("train", *arguments))
+    # What lies in files of others is left out: the published tokenizer, VGG's and DINO's weights.
+    without_files = ["tokenizer_ckpt=null", "stages=[tokenizer,var]"]
+    without_files += ["model.tokenizer.module.loss.lpips=0"]
+    without_files += ["model.tokenizer.module.loss.perceptual=null"]
+    build_networks(composed("train", *arguments, *without_files))
+
+
+PAPER = {
+    # depth, batch, epochs, base rate, final share of it, gate_init, final weight decay, pixels
+    "imagenet256_var_d16": (16, 768, 200, 1e-4, 0.1, 1e-3, None, 256),
+    "imagenet256_var_d20": (20, 768, 250, 1e-4, 0.1, 1e-3, None, 256),
+    "imagenet256_var_d24": (24, 768, 350, 8e-5, 0.01, 1e-4, None, 256),
+    "imagenet256_var_d30": (30, 1024, 350, 8e-5, 0.01, 1e-5, 0.08, 256),
+    "imagenet512_var_d36": (36, 768, 350, 8e-5, 0.01, 5e-6, 0.08, 512),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_runs_have_the_published_recipe(name):
+    cfg = composed("train", f"experiment={name}")
+    depth, batch, epochs, base, final, gate_init, decay, pixels = PAPER[name]
+    model, module = cfg.model.var, cfg.model.var.module
+    assert (model.batch_size, model.epochs) == (batch, epochs)
+    assert module.optimizer.lr == pytest.approx(base * batch / 256)
+    assert list(module.optimizer.betas) == [0.9, 0.95]
+    schedule = instantiate(module.schedule)
+    assert type(schedule) is LinearSchedule and schedule.final == final
+    assert (schedule.warmup, schedule.start, schedule.hold) == (0.02, 0.005, 0.05)
+    assert (module.weight_decay, module.final_weight_decay) == (0.05, decay)
+    assert (module.clip, module.label_drop, module.label_smoothing) == (2.0, 0.1, 0.0)
+    assert module.average_decay == 0 and module.progressive is None and module.corrupt == 0
+    assert (cfg.transformer.depth, cfg.transformer.gate_init) == (depth, gate_init)
+    assert cfg.transformer.drop_path == pytest.approx(0.1 * depth / 24, abs=1e-6)
+    assert cfg.transformer.block == ("shared_adaln" if depth == 36 else "adaln")
+    assert cfg.transformer.dropout == 0 and not cfg.transformer.rope
+    assert cfg.data.image_size == pixels == 16 * cfg.scales.patch_nums[-1] and not cfg.data.flip
+    assert (cfg.trainer.precision, list(cfg.stages)) == ("bf16-mixed", ["var"])
+    assert dict(cfg.sampling) == {
+        "cfg_scale": 1.5,
+        "top_k": 900,
+        "top_p": 0.96,
+        "temperature": 1.0,
+    }
+    header = (CONF / "experiment" / f"{name}.yaml").read_text()
+    assert "trainer.devices=8" in header and "srun --nodes" in header
+    for said in ("# Cost:", "# Expected:", "FID"):
+        assert said in header
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER if "256" in name])
+def test_the_expected_loss_is_the_one_of_the_papers_scaling_law(name):
+    cfg = composed("train", f"experiment={name}")
+    values = {"vocab_size": 4096, "code_dim": 32, "num_classes": 1000}
+    with torch.device("meta"):
+        network = instantiate(cfg.transformer, **values, _convert_="all")
+    size = sum(p.numel() for p in network.parameters())
+    for key, law in (("var/loss", MEAN), ("var/loss_last_scale", LAST_SCALE)):
+        low, high = cfg.expected[key]
+        assert low == pytest.approx(law.loss(size) - 0.05, abs=0.01)
+        assert high == pytest.approx(law.loss(size) + 0.05, abs=0.01)
+
+
+def test_epochs_are_counted_in_whole_batches():
+    cfg = composed("train", "model.var.epochs=3", "model.var.batch_size=500")
+    source = source_of(cfg)
+    source.setup()
+    assert train.course(cfg, "var", source)["num_batches"] == 9  # 1,437 images are three batches
+    assert train.course(cfg, "tokenizer", source)["num_batches"] == 1200
+
+
+@every("adversary")
+def test_every_adversary_is_described(name):
+    cfg = composed("train", f"adversary={name}")
+    assert cfg.model.tokenizer.module.adversary == cfg.adversary
+    if name == "patchgan":
+        module = build_networks(composed("train", "adversary=patchgan"))["tokenizer"]
+        assert module.adversary.factor(0, 100) == 0 and module.adversary.factor(99, 100) == 1
 
 
 @every("experiment")

@@ -26,8 +26,6 @@ def test_a_continued_csv_file_keeps_its_rows_and_takes_new_columns(tmp_path):
 
 
 class FakeTrainer:
-    global_step = 7
-
     def __init__(self, *loggers):
         self.loggers = loggers
 
@@ -37,7 +35,7 @@ def test_pictures_reach_tensorboard_and_wandb(tmp_path, monkeypatch):
     board = TensorBoardLogger(tmp_path, name="tensorboard")
     wandb = wandb_logger(str(tmp_path / "runs" / "x"), "var", project="test")
     plain = ContinuedCSVLogger(tmp_path, name="csv")
-    log_picture(FakeTrainer(board, wandb, plain), "val/samples", np.zeros((8, 8, 3), np.uint8))
+    log_picture(FakeTrainer(board, wandb, plain), "val/samples", np.zeros((8, 8, 3), np.uint8), 7)
     board.experiment.flush()
     wandb.experiment.finish()
     assert list((tmp_path / "tensorboard").rglob("events.out.tfevents*"))

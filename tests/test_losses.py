@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from var_exp.tokenizer.losses import ReconstructionLoss, edge_difference, psnr
 from var_exp.tokenizer.vqvae import Reconstruction
@@ -69,3 +70,29 @@ def test_psnr_is_of_each_image_alone_and_finite_for_equal_ones():
         mse = sum((x - y) ** 2 for x, y in pixels) / 60
         assert abs(values[i] - 10 * math.log10(4 / mse)) < 1e-4
     assert torch.isfinite(psnr(a, a)).all() and psnr(a, a).min() > 100
+
+
+class MeanColour(nn.Module):
+    """A perceptual distance that is easy to compute."""
+
+    def forward(self, a, b):
+        return (a.mean(dim=(1, 2, 3)) - b.mean(dim=(1, 2, 3))).abs()
+
+
+def test_the_perceptual_term_is_the_weighted_mean_of_distances():
+    a, b = pair()
+    loss = ReconstructionLoss(l1=0, l2=1, edge=0, lpips=0.5, codebook=0, perceptual=MeanColour())
+    terms = loss(Reconstruction(a, [], torch.tensor(0.7)), b)
+    torch.testing.assert_close(terms["lpips"], MeanColour()(a, b).mean())
+    torch.testing.assert_close(terms["loss"], terms["l2"] + 0.5 * terms["lpips"])
+
+
+def test_a_perceptual_term_of_weight_zero_is_not_computed():
+    a, b = pair()
+    loss = ReconstructionLoss(lpips=0, perceptual=nn.Linear(1, 1))  # cannot take two arguments
+    assert "lpips" not in loss(Reconstruction(a, [], torch.tensor(0.7)), b)
+
+
+def test_a_perceptual_term_without_a_network_is_refused():
+    with pytest.raises(ValueError, match=r"weight 0.5 needs a network.*loss.perceptual"):
+        ReconstructionLoss(lpips=0.5)

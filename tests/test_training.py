@@ -1,133 +1,23 @@
 """A stage that was interrupted and continued is the stage that never was; the same seed twice
 gives the same weights; the checkpoint is a complete generator of plain data."""
 
-import functools
-
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
-from torch.optim import AdamW
 
-from tiny import tiny_quantizer, tiny_tokenizer
+from stages import (
+    NUM_BATCHES,
+    PATCH_NUMS,
+    Interrupt,
+    Validations,
+    assert_equal,
+    make_module,
+    run,
+    weights,
+)
 from var_exp.checkpoint import KEY, load_networks, read_checkpoint
-from var_exp.data import Digits, ImageDataModule
-from var_exp.tokenizer.losses import ReconstructionLoss
-from var_exp.training import TokenizerModule, VARModule
+from var_exp.data import ImageDataModule
 from var_exp.training.fit import fit_stage, progress_in
-from var_exp.training.optim import CosineSchedule
 from var_exp.training.tokenizer_module import perplexity, usage
-from var_exp.transformer import VAR
-
-NUM_BATCHES = 8
-PATCH_NUMS = [1, 2, 8]  # stride 2 of the tiny tokenizer, 16 px of the digits
-
-
-class Interruption(Exception):
-    pass
-
-
-class Interrupt(Callback):
-    """Raise before a batch, as a kill would come."""
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def on_train_batch_start(self, trainer, module, batch, i):
-        if trainer.datamodule.num_batches and progress(trainer) == self.batch:
-            raise Interruption
-
-
-class Losses(Callback):
-    """What the module reported as its loss at each batch."""
-
-    def __init__(self):
-        self.seen = {}
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, i):
-        name = "train/loss"
-        self.seen[progress(trainer)] = trainer.callback_metrics[name].item()
-
-
-def progress(trainer):
-    return next(c for c in trainer.callbacks if type(c).__name__ == "BatchProgress").batch
-
-
-@pytest.fixture(scope="module")
-def digits():
-    source = Digits()
-    source.setup()
-    return source
-
-
-def make_module(stage):
-    torch.manual_seed(0)
-    quantizer = tiny_quantizer(PATCH_NUMS, ema=True, num_phi=1, scale_drop=0.3)
-    tokenizer = tiny_tokenizer(quantizer, channels=1)
-    options = {
-        "optimizer": functools.partial(AdamW, lr=3e-3),
-        "schedule": CosineSchedule(warmup=0.25),
-        "average_decay": 0.5,
-    }
-    if stage == "tokenizer":
-        return TokenizerModule(tokenizer, ReconstructionLoss(), **options)
-    transformer = VAR(
-        PATCH_NUMS,
-        vocab_size=quantizer.vocab_size,
-        code_dim=quantizer.code_dim,
-        num_classes=10,
-        depth=2,
-        width=32,
-        num_heads=2,
-        dropout=0.2,
-    )
-    return VARModule(transformer, tokenizer, label_drop=0.3, **options)
-
-
-class Validations(Callback):
-    """At which batch the stage was validated, and with what result."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_validation_end(self, trainer, module):
-        if trainer.state.fn == "fit":
-            metric = {"tokenizer": "val/psnr", "var": "val/loss"}[module.stage]
-            self.seen.append((progress(trainer), trainer.callback_metrics[metric].item()))
-
-
-def run(stage, source, folder, *callbacks, seed=0, val_every=3):
-    module = make_module(stage)
-    trainer = functools.partial(L.Trainer, accelerator="cpu", devices=1, enable_model_summary=False)
-    losses = Losses()
-    try:
-        fit_stage(
-            module,
-            ImageDataModule(source, seed=seed),
-            trainer,
-            run_dir=folder,
-            batch_size=6,
-            num_batches=NUM_BATCHES,
-            val_every=val_every,
-            seed=seed,
-            callbacks=[*callbacks, losses],
-        )
-    except Interruption:
-        pass
-    return module, losses.seen
-
-
-def weights(folder, stage):
-    content = read_checkpoint(folder / stage / "last.ckpt")
-    optimizer = content["optimizer_states"][0]["state"]
-    moments = {f"{i}.{k}": v for i, s in optimizer.items() for k, v in s.items()}
-    return content["state_dict"] | moments
-
-
-def assert_equal(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
-    assert not different
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "var"])

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from var_exp.files import replacing
 
-SHOWN = ("psnr", "loss", "acc", "class_accuracy", "seconds")
+SHOWN = ("psnr", "ssim", "loss", "acc", "class_accuracy", "seconds")
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
@@ -140,13 +140,21 @@ def write_metrics(metrics: Mapping[str, float], path: Path) -> None:
         unfinished.write_text(json.dumps(metrics, indent=2) + "\n")
 
 
-def summary(name: str, metrics: Mapping[str, float], run_dir: Path) -> str:
-    """The table at the end of a run: the figures that say most, and where the rest is."""
+def summary(
+    name: str, metrics: Mapping[str, float], run_dir: Path, expected: Mapping[str, list[float]]
+) -> str:
+    """The table at the end of a run: the figures that say most, and where the rest is.
+
+    Beside a figure stands the band (low, high) where it was expected, if one was named.
+    """
     rows: dict[str, object] = {
         key: value
         for key, value in metrics.items()
-        if key.split("/")[1] in SHOWN or "fid" in key or "inception" in key
+        if key.split("/")[1] in SHOWN or "fid" in key or "inception" in key or key in expected
     }
+    for key, (low, high) in expected.items():
+        if key in rows:
+            rows[key] = f"{_cell(rows[key])}  (expected {low:g} to {high:g})"
     rows |= {"all figures": run_dir / "metrics.json", "pictures": run_dir / "samples"}
     return table(f"{name}: what was reached", rows)
 

@@ -50,6 +50,8 @@ class ImageSource:
     endless: bool = False
     #: (B, C, H, W) in [-1, 1] -> (B,) class shown, -1 for none; or None: pixels cannot tell.
     judge: Callable[[Tensor], Tensor] | None = None
+    #: How validation images are cut out of larger ones, where they are; figures carry its name.
+    crop: str | None = None
 
     def __init__(
         self,

@@ -75,8 +75,9 @@ class FeatureNetwork(nn.Module):
 
     @torch.no_grad()
     def judge(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] -> the class that each shows, (B,) int64."""
-        return self((images + 1) / 2).logits.argmax(dim=1)
+        """Images (B, C, H, W) in [-1, 1] -> the class that each shows, (B,) int64, on the CPU."""
+        device = next(self.parameters()).device
+        return self((images.to(device) + 1) / 2).logits.argmax(dim=1).cpu()
 
 
 class ClassifierFeatures(FeatureNetwork):

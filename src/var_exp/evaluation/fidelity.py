@@ -88,7 +88,7 @@ class Fidelity(nn.Module):
         low, high = (bound.item() for bound in images.aminmax())
         if not (-0.01 <= low and high <= 1.01):
             raise ValueError(f"evaluation: images must lie in [0, 1], got [{low:g}, {high:g}]")
-        return self.network(to_uint8(images).float() / 255)
+        return self.network(to_uint8(images).to(self.fid.device).float() / 255)
 
 
 class FrechetDistance(FrechetInceptionDistance):

@@ -10,19 +10,38 @@ from var_exp.tokenizer.vqvae import Reconstruction
 
 
 class ReconstructionLoss(nn.Module):
-    """Weighted sum of pixel, edge and codebook terms.
+    """Weighted sum of pixel, edge, perceptual and codebook terms.
 
     Args:
         l1, l2: weights of mean absolute and mean squared error.
         edge: weight of the mean absolute error of horizontal and vertical differences, which
             asks for outlines that a squared error hardly sees (gradient difference loss,
             Mathieu et al., arXiv 1511.05440, equation 6 with alpha = 1, signed).
+        lpips: weight of the mean perceptual distance; at 0 it is not computed.
         codebook: weight of the quantizer's codebook and commitment loss.
+        perceptual: network of two batches of images -> distances (B,), such as `LPIPS`.
+
+    Raises:
+        ValueError: a weight for the perceptual distance, but no network to measure it.
     """
 
-    def __init__(self, l1: float = 0.2, l2: float = 1.0, edge: float = 0.0, codebook: float = 1.0):
+    def __init__(
+        self,
+        l1: float = 0.2,
+        l2: float = 1.0,
+        edge: float = 0.0,
+        lpips: float = 0.0,
+        codebook: float = 1.0,
+        perceptual: nn.Module | None = None,
+    ):
         super().__init__()
-        self.l1, self.l2, self.edge, self.codebook = l1, l2, edge, codebook
+        if lpips > 0 and perceptual is None:
+            raise ValueError(
+                f"tokenizer: a perceptual term of weight {lpips} needs a network, got none "
+                f"(model.tokenizer.module.loss.perceptual, model.tokenizer.module.loss.lpips)"
+            )
+        self.l1, self.l2, self.edge, self.lpips, self.codebook = l1, l2, edge, lpips, codebook
+        self.perceptual = perceptual
 
     def forward(self, output: Reconstruction, images: Tensor) -> dict[str, Tensor]:
         """Named scalars: each unweighted term, and `loss`, their weighted sum."""
@@ -32,6 +51,8 @@ class ReconstructionLoss(nn.Module):
             "edge": edge_difference(output.images, images),
             "codebook": output.loss,
         }
+        if self.lpips > 0:  # by far the dearest term
+            terms["lpips"] = self.perceptual(output.images, images).mean()
         terms["loss"] = sum(getattr(self, name) * value for name, value in terms.items())
         return terms
 

@@ -37,7 +37,17 @@ class PlainLines(ProgressBar):
 
     def __init__(self, stage: str):
         super().__init__()
-        self.stage = stage
+        self.stage, self.is_enabled = stage, True
+
+    def enable(self) -> None:
+        self.is_enabled = True
+
+    def disable(self) -> None:
+        """Called on all processes but the first."""
+        self.is_enabled = False
+
+    def print(self, *words) -> None:
+        print(*words, file=sys.stderr, flush=True)
 
     def on_train_start(self, trainer: L.Trainer, module) -> None:
         self.started, self.first = time.monotonic(), trainer.datamodule.start_batch
@@ -46,7 +56,8 @@ class PlainLines(ProgressBar):
     def on_train_batch_end(self, trainer: L.Trainer, module, *_) -> None:
         self.done += 1
         total = trainer.datamodule.num_batches
-        if self.done % max(1, total // 10) and self.done != total:
+        due = self.done % max(1, total // 10) == 0 or self.done == total
+        if not self.is_enabled or not due:
             return
         metrics = self.get_metrics(trainer, module)
         shown = " ".join(
@@ -54,9 +65,7 @@ class PlainLines(ProgressBar):
         )
         rate = (self.done - self.first) / (time.monotonic() - self.started)
         left = (total - self.done) / rate
-        print(
+        self.print(
             f"{self.stage}: batch {self.done}/{total}, {shown}, {rate:.1f} batches/s, "
-            f"{left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
+            f"{left:.0f} s left"
         )

@@ -27,6 +27,8 @@ UNFIT_ADVICE = (
     "your dataloader is not resumable",  # its batches are a function of their number
 )
 
+PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+
 
 class Fitted(NamedTuple):
     """metrics: validation figures of the best weights, without `val/`.
@@ -90,6 +92,7 @@ def fit_stage(
                 LastCheckpoint(folder),
             ],
         )
+        check_precision(runner)
         if earlier is not None and progress_in(earlier)["batch"] == num_batches:
             seconds = progress_in(earlier)["seconds"]  # nothing is left to train
         else:
@@ -129,6 +132,7 @@ def check_stage(
             f"model.{module.stage}: batch_size, num_batches and val_every must be at least 1 and "
             f"resume 'auto' or 'never', got {batch_size}, {num_batches}, {val_every}, {resume!r}"
         )
+    module.check_length(num_batches)
     last = last_checkpoint(run_dir / module.stage)
     if resume == "never" or not last.exists():
         return None
@@ -143,6 +147,15 @@ def check_stage(
                 f"folder (run_dir=...), or anew (resume=never)"
             )
     return earlier
+
+
+def check_precision(trainer: L.Trainer) -> None:
+    """Raise ValueError for a precision in which quantizer, logits or losses would suffer."""
+    if trainer.precision not in PRECISIONS:
+        raise ValueError(
+            f"trainer: precision must be one of {', '.join(PRECISIONS)}, got "
+            f"{trainer.precision!r}; float16 would need its gradients scaled (trainer.precision)"
+        )
 
 
 def last_checkpoint(folder: Path) -> Path:

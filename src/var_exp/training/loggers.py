@@ -55,10 +55,10 @@ class ContinuedCSVLogger(CSVLogger):
         return self._experiment
 
 
-def log_picture(trainer: Trainer, key: str, picture: np.ndarray) -> None:
+def log_picture(trainer: Trainer, key: str, picture: np.ndarray, step: int) -> None:
     """Give a uint8 (H, W, 3) array to every logger that takes pictures."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image(key, [picture], step=trainer.global_step)
+            logger.log_image(key, [picture], step=step)
         elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(key, picture, trainer.global_step, dataformats="HWC")
+            logger.experiment.add_image(key, picture, step, dataformats="HWC")

@@ -27,6 +27,30 @@ def param_groups(network: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
+class WeightDecay:
+    """Weight decay over the stage: progress in [0, 1] -> from `first` along a half cosine.
+
+    Args:
+        first: at the start, >= 0.
+        final: at the end; None keeps the first (the published d30 and d36 go from .05 to .08).
+
+    Raises:
+        ValueError: a negative decay, or a change from 0, which exempt parameters have.
+    """
+
+    def __init__(self, first: float, final: float | None = None):
+        final = first if final is None else final
+        if min(first, final) < 0 or (first == 0 and final > 0):
+            raise ValueError(
+                f"optimizer: weight_decay must be >= 0, and above 0 where it changes, got {first} "
+                f"and final_weight_decay {final} (model.*.module.weight_decay)"
+            )
+        self.first, self.final = first, final
+
+    def __call__(self, progress: float) -> float:
+        return self.final + (self.first - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 class WarmupSchedule:
     """Linear warm-up from `start` of the peak, a hold, then a decay to `final` of the peak.
 

@@ -52,7 +52,7 @@ class BatchProgress(Callback):
             trainer.val_check_batch = 1
         words = np.random.SeedSequence([self.seed, self.batch, trainer.global_rank])
         torch.manual_seed(int(words.generate_state(1)[0]))
-        module.on_progress(self.batch / total)
+        module.on_progress(self.batch, total)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: StageModule, outputs, batch, i: int

@@ -2,22 +2,31 @@
 
 A stage is one LightningModule that trains one network: its optimizer, its schedules over the
 progress of the stage, gradient clipping, a moving average of the weights, and what its
-checkpoint says about itself.
+checkpoint says about itself. Optimisation is manual in Lightning's sense, since the adversarial
+losses of a tokenizer take two optimizers: one batch is one step of each, whatever the number of
+micro-batches that its gradient is summed over.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from var_exp.checkpoint import KEY, describe
+from var_exp.data import Batch
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.training.average import averaged_copy, update_average
-from var_exp.training.optim import param_groups
+from var_exp.training.optim import WeightDecay, param_groups
+from var_exp.training.skipped import SkippedBatches
+
+MakeOptimizer = Callable[[list[dict]], Optimizer]
+WEIGHTS = ("averaged", "raw")
 
 
 class StageModule(L.LightningModule):
@@ -27,8 +36,17 @@ class StageModule(L.LightningModule):
         optimizer: called with parameter groups, gives the optimizer with its peak rate.
         schedule: progress in [0, 1] -> factor on the peak rate.
         weight_decay: see `param_groups`.
+        final_weight_decay: where a half cosine leads the decay to; None keeps it constant.
         clip: largest norm of the gradient; 0 does not clip.
         average_decay: of the moving average of the weights; 0 keeps none.
+        weights: "averaged" or "raw": which weights are validated, sampled from and handed on;
+            the first falls back to the second where no average is kept.
+        micro_batch: images that a device takes at once, the gradients of a batch being summed;
+            None takes its whole share of the batch.
+        max_skipped: batches in a row without a finite gradient that end the run.
+
+    Raises:
+        ValueError: an argument out of its range.
     """
 
     stage: str
@@ -38,15 +56,34 @@ class StageModule(L.LightningModule):
 
     def __init__(
         self,
-        optimizer: Callable[[list[dict]], Optimizer],
+        optimizer: MakeOptimizer,
         schedule: Callable[[float], float],
-        weight_decay: float,
-        clip: float,
-        average_decay: float,
+        weight_decay: float = 0.0,
+        final_weight_decay: float | None = None,
+        clip: float = 1.0,
+        average_decay: float = 0.0,
+        weights: str = "averaged",
+        micro_batch: int | None = None,
+        max_skipped: int = 10,
     ):
         super().__init__()
+        self.automatic_optimization = False
+        if weights not in WEIGHTS:
+            raise ValueError(
+                f"model.{self.stage}: weights must be one of {', '.join(WEIGHTS)}, got "
+                f"{weights!r} (model.{self.stage}.module.weights)"
+            )
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(
+                f"model.{self.stage}: micro_batch must be at least 1 or null, got {micro_batch} "
+                f"(model.{self.stage}.module.micro_batch)"
+            )
         self.make_optimizer, self.schedule = optimizer, schedule
-        self.weight_decay, self.clip, self.average_decay = weight_decay, clip, average_decay
+        self.weight_decay = WeightDecay(weight_decay, final_weight_decay)
+        self.clip, self.average_decay, self.weights = clip, average_decay, weights
+        self.micro_batch = micro_batch
+        self.skipped = SkippedBatches(self.stage, max_skipped)
+        self.batch = 0  # the number of the batch in training, set by `on_progress`
 
     # -- networks -------------------------------------------------------------------------
 
@@ -61,8 +98,9 @@ class StageModule(L.LightningModule):
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that validation and sampling use: the average where there is one."""
-        return getattr(self, f"averaged_{self.network_name}", self.network)
+        """The network that validation and sampling use."""
+        averaged = getattr(self, f"averaged_{self.network_name}", self.network)
+        return averaged if self.weights == "averaged" else self.network
 
     def final_scores(self, evaluator: Evaluator, folder: Path) -> dict[str, float]:
         """Measure the finished network, and write its pictures into `folder`."""
@@ -73,50 +111,113 @@ class StageModule(L.LightningModule):
         if self.average_decay > 0:
             self.add_module(f"averaged_{self.network_name}", averaged_copy(self.network))
 
-    def update_average(self) -> None:
-        """Called after each optimizer step."""
-        if self.average_decay > 0:
-            update_average(self.evaluated, self.network, self.average_decay)
+    def on_fit_start(self) -> None:
+        # Lightning leaves networks in the mode it finds them in, and loaded ones come in eval.
+        self.train()
 
     def train(self, mode: bool = True) -> "StageModule":
         super().train(mode)
         if self.average_decay > 0:
-            self.evaluated.eval()
+            getattr(self, f"averaged_{self.network_name}").eval()
         return self
 
     # -- optimisation ---------------------------------------------------------------------
 
-    def configure_optimizers(self) -> Optimizer:
-        optimizer = self.make_optimizer(param_groups(self.network, self.weight_decay))
-        self.peak_rates = [group["lr"] for group in optimizer.param_groups]
-        return optimizer
+    def configure_optimizers(self) -> list[Optimizer]:
+        optimizers = self.make_optimizers()
+        self.peak_rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
+        return optimizers
 
-    def on_progress(self, progress: float) -> None:
-        """Called before each batch with the share of the stage that is done."""
-        factor = self.schedule(progress)
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        for group, peak in zip(optimizer.param_groups, self.peak_rates, strict=True):
-            group["lr"] = peak * factor
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
+    def make_optimizers(self) -> list[Optimizer]:
+        """That of the network first."""
+        return [self.make_optimizer(param_groups(self.network, self.weight_decay.first))]
 
-    def clip_and_log(self, optimizer: Optimizer) -> None:
+    def on_progress(self, batch: int, num_batches: int) -> None:
+        """Called before each batch with its number: set what changes over the stage."""
+        self.batch, progress = batch, batch / num_batches
+        factor, decay = self.schedule(progress), self.weight_decay(progress)
+        optimizers = as_list(self.optimizers(use_pl_optimizer=False))
+        for optimizer, peaks in zip(optimizers, self.peak_rates, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+        for group in optimizers[0].param_groups:
+            if group["weight_decay"] > 0:
+                group["weight_decay"] = decay
+        self.log("train/lr", optimizers[0].param_groups[0]["lr"])
+        self.log("train/weight_decay", decay)
+
+    def check_length(self, num_batches: int) -> None:
+        """Raise ValueError where a stage of so many batches cannot do what it is asked to."""
+
+    def split(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        """Micro-batches of tensors (B, ...)."""
+        size = self.micro_batch or len(tensors[0])
+        return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
+
+    @contextmanager
+    def turn(self, optimizer: LightningOptimizer, last: bool) -> Iterator[None]:
+        """Gradients for this optimizer's parameters alone; ranks meet at the last micro-batch."""
+        with optimizer.toggle_model(sync_grad=last):
+            yield
+
+    def step(self, optimizer: LightningOptimizer, name: str = "") -> bool:
+        """Clip, step unless the gradient is not finite, forget the gradient; whether it stepped.
+
+        All ranks decide the same, since they have the same gradient.
+        """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.clip if self.clip > 0 else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        self.log("train/grad_norm", norm)
+        finite = bool(norm.isfinite())
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+        self.log(f"train/{name}grad_norm", norm)
+        return finite
+
+    def over_ranks(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The means over all processes of scalars, in one message."""
+        values = torch.stack([value.detach().float().to(self.device) for value in terms.values()])
+        values = self.trainer.strategy.reduce(values, reduce_op="mean")
+        return dict(zip(terms, values.unbind(), strict=True))
+
+    def conclude_batch(self, stepped: bool, loss: Tensor, batch: Batch) -> None:
+        """Called once after the steps of a batch: lead the average, count what was skipped.
+
+        Raises:
+            ValueError: too many batches in a row had to be skipped.
+        """
+        if stepped and self.average_decay > 0:
+            # Until the window of the average is full it is the mean of all weights so far.
+            decay = min(self.average_decay, self.batch / (self.batch + 1))
+            averaged = getattr(self, f"averaged_{self.network_name}")
+            update_average(averaged, self.network, decay)
+        message = self.skipped.count(
+            stepped, self.batch, loss, batch.indices, Path(self.trainer.default_root_dir)
+        )
+        if message:
+            self.print(message)
 
     # -- checkpoints ----------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         class_names = list(self.trainer.datamodule.source.class_names)
         checkpoint[KEY] = describe(self.stage, self.networks(), class_names)
+        checkpoint["skipped_in_a_row"] = self.skipped.in_a_row
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_networks(checkpoint)
+        self.skipped.in_a_row = checkpoint.get("skipped_in_a_row", 0)
 
     def check_networks(self, checkpoint: dict[str, Any]) -> None:
         """Raise ValueError unless the checkpoint is of this stage and of networks like these."""
         self.check_equal(checkpoint, "stage", "patch_nums", "networks")
+        ours, theirs = (
+            {name: tuple(tensor.shape) for name, tensor in state.items()}
+            for state in (self.state_dict(), checkpoint["state_dict"])
+        )
+        for name, a, b in differences(theirs, ours, "weights"):  # of averages and adversaries
+            raise different(name, a, b)
 
     def check_equal(self, checkpoint: dict[str, Any], *names: str) -> None:
         """Raise ValueError unless the checkpoint says the same of these as this run."""
@@ -124,10 +225,19 @@ class StageModule(L.LightningModule):
         ours = describe(self.stage, self.networks(), theirs["class_names"])
         for name in names:
             for where, a, b in differences(theirs[name], ours[name], name):
-                raise ValueError(
-                    f"resume: the checkpoint has {where} {a}, this run {b}; continue with the "
-                    f"run's own configuration or start in a new run folder"
-                )
+                raise different(where, a, b)
+
+
+def different(where: str, theirs: Any, ours: Any) -> ValueError:
+    return ValueError(
+        f"resume: the checkpoint has {where} {theirs}, this run {ours}; continue with the run's "
+        f"own configuration or start in a new run folder"
+    )
+
+
+def as_list(optimizers: Any) -> list:
+    """Lightning gives a single optimizer without a list around it."""
+    return optimizers if isinstance(optimizers, list) else [optimizers]
 
 
 def differences(theirs: Any, ours: Any, name: str) -> Iterator[tuple[str, Any, Any]]:

@@ -4,17 +4,28 @@ VAR (arXiv 2404.02905, section 3.2). Optimisation is manual, because the adversa
 a tokenizer is trained with take two optimizers.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics.functional.image import structural_similarity_index_measure
 
+from var_exp.data import Batch
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.tokenizer import VQVAE
+from var_exp.tokenizer.adversary import Adversary
 from var_exp.tokenizer.losses import ReconstructionLoss, psnr
-from var_exp.training.stage import StageModule
+from var_exp.training.optim import param_groups
+from var_exp.training.stage import MakeOptimizer, StageModule, as_list
+
+PARTS = {
+    "encoder": ("encoder", "quant_conv"),
+    "codebook": ("quantizer",),
+    "decoder": ("post_quant_conv", "decoder"),
+}
 
 
 class TokenizerModule(StageModule):
@@ -23,7 +34,14 @@ class TokenizerModule(StageModule):
     Args:
         tokenizer: the network.
         loss: of a reconstruction.
+        adversary: a discriminator and its losses; None trains without.
+        discriminator_optimizer: like `optimizer`, which serves both unless this is given.
+        freeze: parts that stay as they are: "encoder", "codebook" (with phi), "decoder".
         others: see `StageModule`.
+
+    Raises:
+        ValueError: an unknown part, all of them, or a frozen decoder whose last layer should
+            measure the weight of the adversary.
     """
 
     stage = "tokenizer"
@@ -34,34 +52,103 @@ class TokenizerModule(StageModule):
         self,
         tokenizer: VQVAE,
         loss: ReconstructionLoss,
-        optimizer: Callable[[list[dict]], Optimizer],
-        schedule: Callable[[float], float],
-        weight_decay: float = 0.0,
-        clip: float = 1.0,
-        average_decay: float = 0.0,
+        optimizer: MakeOptimizer,
+        schedule: Any,
+        adversary: Adversary | None = None,
+        discriminator_optimizer: MakeOptimizer | None = None,
+        freeze: Sequence[str] = (),
+        **others: Any,
     ):
-        super().__init__(optimizer, schedule, weight_decay, clip, average_decay)
-        self.automatic_optimization = False
-        self.tokenizer, self.loss = tokenizer, loss
+        super().__init__(optimizer, schedule, **others)
+        self.tokenizer, self.loss, self.adversary = tokenizer, loss, adversary
+        self.make_discriminator_optimizer = discriminator_optimizer or optimizer
+        self.frozen = check_parts(freeze, adversary)
+        for part in self.frozen:
+            tokenizer.get_submodule(part).requires_grad_(False)
         self.keep_average()
 
     def networks(self) -> dict[str, nn.Module]:
         return {"tokenizer": self.tokenizer}
 
+    def train(self, mode: bool = True) -> "TokenizerModule":
+        super().train(mode)
+        for part in self.frozen:  # a codebook in training mode would learn without gradients
+            self.tokenizer.get_submodule(part).eval()
+        return self
+
     def final_scores(self, evaluator: Evaluator, folder: Path) -> dict[str, float]:
         return evaluator.conclude_tokenizer(self.tokenizer, folder)
 
-    def training_step(self, batch, batch_idx: int) -> Tensor:
-        terms = self.loss(self.tokenizer(batch.images), batch.images)
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(terms["loss"])
-        self.clip_and_log(optimizer)
-        optimizer.step()
-        self.update_average()
-        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
-        self.log("loss", terms["loss"].detach(), prog_bar=True, logger=False)
-        return terms["loss"].detach()
+    # -- training -------------------------------------------------------------------------
+
+    def make_optimizers(self) -> list[Optimizer]:
+        optimizers = super().make_optimizers()
+        if self.adversary:
+            groups = param_groups(self.adversary, 0.0)
+            optimizers.append(self.make_discriminator_optimizer(groups))
+        return optimizers
+
+    def on_progress(self, batch: int, num_batches: int) -> None:
+        super().on_progress(batch, num_batches)
+        self.factor = self.adversary.factor(batch, num_batches) if self.adversary else 0.0
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        parts = [images for (images,) in self.split(batch.images)]
+        generator, *discriminator = as_list(self.optimizers())
+        rebuilt, terms = self.descend_tokenizer(generator, parts)
+        stepped = self.step(generator)
+        if self.factor > 0:
+            terms |= self.descend_discriminator(*discriminator, parts, rebuilt)
+            stepped &= self.step(*discriminator, name="discriminator_")
+            self.adversary.finish_batch()
+        terms = self.over_ranks(terms)
+        self.conclude_batch(stepped, terms["loss"], batch)
+        self.log_dict({f"train/{name}": value for name, value in terms.items()})
+        self.log("loss", terms["loss"], prog_bar=True, logger=False)
+        return terms["loss"]
+
+    def descend_tokenizer(self, optimizer, parts: list[Tensor]) -> tuple[list[Tensor], dict]:
+        """Gradients of the tokenizer; its reconstructions, and the means of all terms."""
+        rebuilt, sums = [], {}
+        total = sum(map(len, parts))
+        for i, images in enumerate(parts):
+            share = len(images) / total
+            with self.turn(optimizer, last=i + 1 == len(parts)):
+                output = self.tokenizer(images)
+                terms = self.loss(output, images)
+                if self.factor > 0:
+                    terms |= self.deceive(output.images, terms["loss"], share)
+                self.manual_backward(terms["loss"] * share)
+            rebuilt.append(output.images.detach())
+            add(sums, terms, share)
+        return rebuilt, sums
+
+    def deceive(self, rebuilt: Tensor, loss: Tensor, share: float) -> dict[str, Tensor]:
+        """The adversarial term, and the loss with it."""
+        adversarial = self.adversary.generator_loss(rebuilt)
+        if self.adversary.adaptive:
+            last_layer = self.tokenizer.decoder.conv_out.weight
+            self.adversary.measure(loss * share, adversarial * share, last_layer)
+        weight = self.adversary.generator_weight(self.factor)
+        return {
+            "adversarial": adversarial,
+            "adversarial_weight": torch.as_tensor(weight),
+            "loss": loss + weight * adversarial,
+        }
+
+    def descend_discriminator(
+        self, optimizer, parts: list[Tensor], rebuilt: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """Gradients of the discriminator, on reconstructions that the tokenizer's step has made."""
+        sums = {}
+        total = sum(map(len, parts))
+        for i, (images, fakes) in enumerate(zip(parts, rebuilt, strict=True)):
+            share = len(images) / total
+            with self.turn(optimizer, last=i + 1 == len(parts)):
+                terms = self.adversary.discriminator_loss(images, fakes)
+                self.manual_backward(terms["loss"] * share)
+            add(sums, {f"discriminator_{name}": value for name, value in terms.items()}, share)
+        return sums
 
     # -- validation -----------------------------------------------------------------------
 
@@ -82,15 +169,41 @@ class TokenizerModule(StageModule):
             "val/l1": (images - batch.images).abs().mean(),
             "val/l2": (images - batch.images).square().mean(),
             "val/psnr": psnr(images, batch.images).mean(),
+            "val/ssim": structural_similarity_index_measure(images, batch.images, data_range=2.0),
         }
+        if self.loss.perceptual is not None:
+            values["val/lpips"] = self.loss.perceptual(images, batch.images).mean()
         self.log_dict(values, batch_size=len(batch.images), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         counts = self.trainer.strategy.reduce(self.code_counts, reduce_op="sum")
         names = self.tokenizer.schedule.names
         for name, values in zip(names, counts, strict=True):
-            self.log(f"val/usage_scale_{name}", usage(values))
-            self.log(f"val/perplexity_scale_{name}", perplexity(values))
+            # The counts are those of all processes; the flag only keeps Lightning from a warning.
+            self.log(f"val/usage_scale_{name}", usage(values), sync_dist=True)
+            self.log(f"val/perplexity_scale_{name}", perplexity(values), sync_dist=True)
+
+
+def add(sums: dict[str, Tensor], terms: dict[str, Tensor], share: float) -> None:
+    """Add a micro-batch's share of the means of a batch."""
+    for name, value in terms.items():
+        sums[name] = sums.get(name, 0.0) + value.detach() * share
+
+
+def check_parts(freeze: Sequence[str], adversary: Adversary | None) -> list[str]:
+    """The submodules of a tokenizer that are frozen, by the names of its parts."""
+    unknown = set(freeze) - set(PARTS)
+    if unknown or len(set(freeze)) == len(PARTS):
+        raise ValueError(
+            f"model.tokenizer: freeze takes some of {', '.join(PARTS)}, but not all, got "
+            f"{list(freeze)} (model.tokenizer.module.freeze)"
+        )
+    if "decoder" in freeze and adversary is not None:
+        raise ValueError(
+            "model.tokenizer: a frozen decoder has nothing to learn from an adversary; unfreeze "
+            "it (model.tokenizer.module.freeze), or set model.tokenizer.module.adversary=null"
+        )
+    return [part for name in freeze for part in PARTS[name]]
 
 
 def usage(counts: Tensor) -> Tensor:

@@ -4,23 +4,32 @@ VAR (arXiv 2404.02905, section 3.1): teacher forcing over all scales at once, me
 over all tokens. Labels become "no class" now and then in training, for guidance; never in
 validation.
 
-    B batch, L tokens, V codes
+    B batch, K scales, L tokens, V codes, D code dimension
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from var_exp.data import Batch
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.sampling import check_fit
 from var_exp.tokenizer import VQVAE
-from var_exp.training.stage import StageModule
+from var_exp.training.progressive import ProgressiveScales, Stage
+from var_exp.training.scaling_law import against_law
+from var_exp.training.stage import MakeOptimizer, StageModule
 from var_exp.transformer import VAR
+
+
+class Tokens(NamedTuple):
+    """inputs: teacher-forcing inputs (B, L - n_1, D); targets: codes (B, L)."""
+
+    inputs: Tensor
+    targets: Tensor
 
 
 class VARModule(StageModule):
@@ -29,10 +38,21 @@ class VARModule(StageModule):
     Args:
         transformer, tokenizer: the networks; the checkpoint holds both.
         label_drop: probability of training a sample without its class.
+        label_smoothing: share of the target that is spread over all codes, in [0, 1)
+            (Szegedy et al., arXiv 1512.00567, section 7).
+        scale_weights: weight of a token's loss at each scale, K numbers, of which only the
+            ratios matter; None weighs all tokens alike, as the paper does. (The code of
+            Infinity, arXiv 2412.04431, weighs scales by a power of their size.)
+        corrupt: share of the codes that are replaced at random in what the transformer reads;
+            the codes of later scales are chosen anew, so that it learns to mend mistakes like
+            its own (bitwise self-correction, arXiv 2412.04431, section 3.3).
+        progressive: trains the first scales first; None trains all of them from the start.
+        scaling_law: log the loss against the paper's scaling law, which holds for the
+            published tokenizer on ImageNet.
         others: see `StageModule`.
 
     Raises:
-        ValueError: networks that do not fit each other.
+        ValueError: networks that do not fit each other, an argument out of its range.
     """
 
     stage = "var"
@@ -43,18 +63,32 @@ class VARModule(StageModule):
         self,
         transformer: VAR,
         tokenizer: VQVAE,
-        optimizer: Callable[[list[dict]], Optimizer],
-        schedule: Callable[[float], float],
-        weight_decay: float = 0.05,
-        clip: float = 2.0,
-        average_decay: float = 0.0,
+        optimizer: MakeOptimizer,
+        schedule: Any,
         label_drop: float = 0.1,
+        label_smoothing: float = 0.0,
+        scale_weights: Sequence[float] | None = None,
+        corrupt: float = 0.0,
+        progressive: ProgressiveScales | None = None,
+        scaling_law: bool = False,
+        **others: Any,
     ):
-        super().__init__(optimizer, schedule, weight_decay, clip, average_decay)
+        super().__init__(optimizer, schedule, **others)
         check_fit(transformer, tokenizer)
-        self.transformer = transformer
-        self.tokenizer = tokenizer
-        self.label_drop = label_drop
+        for name, share in (
+            ("label_drop", label_drop),
+            ("label_smoothing", label_smoothing),
+            ("corrupt", corrupt),
+        ):
+            if not 0 <= share <= 1:
+                raise ValueError(
+                    f"model.var: {name} must lie in [0, 1], got {share} (model.var.module.{name})"
+                )
+        self.transformer, self.tokenizer = transformer, tokenizer
+        self.label_drop, self.label_smoothing, self.corrupt = label_drop, label_smoothing, corrupt
+        self.progressive, self.scaling_law = progressive, scaling_law
+        schedule = transformer.schedule
+        self.scale_weights = check_scale_weights(scale_weights, schedule.num_scales)
         self.keep_average()
 
     def networks(self) -> dict[str, nn.Module]:
@@ -74,49 +108,112 @@ class VARModule(StageModule):
         return self
 
     def final_scores(self, evaluator: Evaluator, folder: Path) -> dict[str, float]:
-        return evaluator.conclude_var(self.transformer, self.tokenizer, folder)
+        return evaluator.conclude_var(self.evaluated, self.tokenizer, folder)
 
-    def training_step(self, batch, batch_idx: int) -> Tensor:
-        inputs, targets = self.read(batch.images)
-        labels = self.drop_labels(batch.labels)
-        loss = token_losses(self.transformer(inputs, labels), targets).mean()
-        self.log("train/loss", loss.detach())
-        self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        return loss
+    def check_length(self, num_batches: int) -> None:
+        if self.progressive:
+            self.progressive.check(self.transformer.schedule.num_scales, num_batches)
 
-    def validation_step(self, batch, batch_idx: int) -> None:
-        inputs, targets = self.read(batch.images)
-        logits = self.evaluated(inputs, batch.labels)
-        losses = token_losses(logits, targets)  # (B, L)
-        hits = (logits.argmax(dim=-1) == targets).float()  # (B, L)
-        values = {"val/loss": losses.mean(), "val/acc": hits.mean()}
-        schedule = self.transformer.schedule
-        for name, where in zip(schedule.names, schedule.slices, strict=True):
-            values[f"val/loss_scale_{name}"] = losses[:, where].mean()
-            values[f"val/acc_scale_{name}"] = hits[:, where].mean()
-        self.log_dict(values, batch_size=len(targets), sync_dist=True)
+    # -- training -------------------------------------------------------------------------
 
-    def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> teacher-forcing inputs (B, L - n_1, D) and target codes (B, L)."""
-        with torch.no_grad():
-            indices = self.tokenizer.encode(images)
-            return self.tokenizer.quantizer.teacher_forcing_input(indices), torch.cat(indices, 1)
+    def on_progress(self, batch: int, num_batches: int) -> None:
+        super().on_progress(batch, num_batches)
+        self.scales = Stage(self.transformer.schedule.num_scales, 1.0)
+        if self.progressive:
+            self.scales = self.progressive(batch / num_batches, self.scales.num_scales)
+            self.log("train/num_scales", float(self.scales.num_scales))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        optimizer = self.optimizers()
+        parts = self.split(batch.images, self.drop_labels(batch.labels))
+        total = 0.0
+        for i, (images, labels) in enumerate(parts):
+            with self.turn(optimizer, last=i + 1 == len(parts)):
+                loss = self.loss(images, labels) * (len(images) / len(batch.images))
+                self.manual_backward(loss)
+            total = total + loss.detach()
+        stepped = self.step(optimizer)
+        total = self.over_ranks({"loss": total})["loss"]
+        self.conclude_batch(stepped, total, batch)
+        self.log("train/loss", total)
+        self.log("loss", total, prog_bar=True, logger=False)
+        return total
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Weighted mean cross-entropy of the scales in training."""
+        tokens = self.read(images, self.corrupt)
+        n_first = self.transformer.schedule.num_tokens[0]
+        length = self.transformer.schedule.slices[self.scales.num_scales - 1].stop
+        logits = self.transformer(tokens.inputs[:, : length - n_first], labels)
+        losses = token_losses(logits, tokens.targets[:, :length], self.label_smoothing)
+        weights = self.token_weights(losses.device)  # (length,)
+        return (losses * weights).mean(dim=0).sum() / weights.sum()
+
+    def token_weights(self, device: torch.device) -> Tensor:
+        """Weights of the tokens in training."""
+        weights = self.scale_weights.clone()
+        newest = self.scales.num_scales - 1
+        weights[newest] *= self.scales.weight
+        levels = self.transformer.schedule.level_ids()
+        return weights[levels[levels <= newest]].to(device)
 
     def drop_labels(self, labels: Tensor) -> Tensor:
         dropped = torch.rand(labels.shape, device=labels.device) < self.label_drop
         return labels.masked_fill(dropped, self.transformer.num_classes)
 
-    def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm=None
-    ) -> None:
-        self.clip_and_log(optimizer)
+    @torch.no_grad()
+    def read(self, images: Tensor, corrupt: float = 0.0) -> Tokens:
+        """What the transformer reads of images, and what it should say."""
+        quantizer = self.tokenizer.quantizer
+        # In full precision, as the published training does: another rounding is another code.
+        with torch.autocast(images.device.type, enabled=False):
+            if corrupt == 0:
+                seen = targets = self.tokenizer.encode(images)
+            else:
+                features = self.tokenizer.features(images)
+                targets, seen = quantizer.encode_corrupted(features, corrupt)
+            return Tokens(quantizer.teacher_forcing_input(seen), torch.cat(targets, dim=1))
 
-    def optimizer_step(self, *args, **kwargs) -> None:
-        super().optimizer_step(*args, **kwargs)
-        # Not in on_train_batch_end, which runs after the checkpoint callbacks have saved.
-        self.update_average()
+    # -- validation -----------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        tokens = self.read(batch.images)
+        logits = self.evaluated(tokens.inputs, batch.labels)
+        losses = token_losses(logits, tokens.targets)  # (B, L)
+        hits = (logits.argmax(dim=-1) == tokens.targets).float()  # (B, L)
+        values = {"val/loss": losses.mean(), "val/acc": hits.mean()}
+        schedule = self.transformer.schedule
+        for name, where in zip(schedule.names, schedule.slices, strict=True):
+            values[f"val/loss_scale_{name}"] = losses[:, where].mean()
+            values[f"val/acc_scale_{name}"] = hits[:, where].mean()
+        values["val/loss_last_scale"] = losses[:, schedule.slices[-1]].mean()
+        values["val/acc_last_scale"] = hits[:, schedule.slices[-1]].mean()
+        if self.scaling_law:
+            num_parameters = sum(p.numel() for p in self.transformer.parameters())
+            law = against_law(values["val/loss"], values["val/loss_last_scale"], num_parameters)
+            values |= {f"val/{name}": value for name, value in law.items()}
+        self.log_dict(values, batch_size=len(tokens.targets), sync_dist=True)
 
 
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+def token_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of each token in nats: logits (B, L, V), targets (B, L) -> (B, L)."""
-    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    return F.cross_entropy(
+        logits.transpose(1, 2), targets, reduction="none", label_smoothing=label_smoothing
+    )
+
+
+def check_scale_weights(weights: Sequence[float] | None, num_scales: int) -> Tensor:
+    """Weights (K,), all 1 for None.
+
+    Raises:
+        ValueError: not one for each scale, a negative one, or none above 0.
+    """
+    if weights is None:
+        return torch.ones(num_scales)
+    values = torch.tensor([float(weight) for weight in weights])
+    if len(values) != num_scales or values.min() < 0 or values.max() <= 0:
+        raise ValueError(
+            f"model.var: scale_weights must be {num_scales} numbers >= 0, not all 0, one for each "
+            f"scale, got {list(weights)} (model.var.module.scale_weights)"
+        )
+    return values

@@ -1,0 +1,78 @@
+"""Curves over a stage's validations, as a picture.
+
+Drawn with matplotlib's object interface: no window, no global state, safe in any process.
+"""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+Curve = Sequence[tuple[int, float]]  # (batch, value)
+Band = Sequence[float]  # (low, high)
+
+SINGLE = "#1f3b63"
+
+
+def curves(
+    history: Mapping[str, Curve],
+    panels: Mapping[str, Sequence[str]],
+    bands: Mapping[str, Band],
+) -> np.ndarray:
+    """A panel for each group of figures, coarse scales in light colours and fine ones in dark.
+
+    Args:
+        history: figures by name.
+        panels: title -> the names in it, patterns such as `val/loss_scale_*` allowed. A name
+            without a pattern is drawn in bold.
+        bands: where a figure is expected to end, drawn behind it.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    figure = Figure(figsize=(5.5 * len(panels), 4), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for axes, (title, patterns) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        _panel(axes, title, patterns, history, bands)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+
+
+def _panel(
+    axes: Axes,
+    title: str,
+    patterns: Sequence[str],
+    history: Mapping[str, Curve],
+    bands: Mapping[str, Band],
+) -> None:
+    for pattern in patterns:
+        names = [name for name in history if fnmatch(name, pattern)]
+        alone = pattern in names
+        for i, name in enumerate(names):
+            shade = colormaps["viridis_r"](0.15 + 0.8 * i / max(len(names) - 1, 1))
+            batches, values = zip(*history[name], strict=True)
+            axes.plot(
+                batches,
+                values,
+                color=SINGLE if alone else shade,
+                linewidth=2.2 if alone else 1.2,
+                marker="o",
+                markersize=3,
+                label=name.removeprefix("val/"),
+            )
+    shown = {line.get_label() for line in axes.get_lines()}
+    for name, (low, high) in bands.items():
+        if name.removeprefix("val/") in shown:
+            label = f"{name.removeprefix('val/')} expected"
+            axes.axhspan(low, high, color="#e8b84a", alpha=0.3, label=label)
+    axes.set_title(title)
+    axes.set_xlabel("batch")
+    axes.grid(alpha=0.3)
+    if shown:
+        axes.legend(fontsize=7, ncols=2)
