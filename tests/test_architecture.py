@@ -26,7 +26,9 @@ MAY_IMPORT = {
     "sampling": NETWORKS,
     "checkpoint": NETWORKS | FILES,
     "official": NETWORKS | FILES | {"sampling"},
-    "pipeline": NETWORKS | FILES | {"sampling"},
+    "pipeline": NETWORKS | FILES | {"sampling", "checkpoint"},
+    "sources": NETWORKS | FILES | {"checkpoint", "official", "pipeline"},
+    "transfer": NETWORKS | {"sources"},
     "data": {"scales"},
     "evaluation": NETWORKS | FILES | {"sampling", "checkpoint"},
     "training": NETWORKS | {"sampling", "checkpoint", "data", "evaluation"},
@@ -40,6 +42,7 @@ ONLY_IN = {
     "hydra": {"cli"},
     "omegaconf": {"cli"},
     "wandb": {"training"},
+    "huggingface_hub": {"official"},
 }
 
 each_source = pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A mistake gets one line that names the value and where to change it, exit code 1, and leaves
 nothing behind."""
 
+import io
 import shutil
 from pathlib import Path
 
@@ -117,6 +118,65 @@ def test_a_tokenizer_that_changed_under_the_transformer_is_refused(copied, tmp_p
     torch.save(content, copied / "var" / "last.ckpt")
     done = run("train", f"run_dir={copied}", f"runs_dir={tmp_path}", *QUICK)
     assert_refused(done, "tokenizer_fingerprint", "0" * 16)
+
+
+def content_of(kind: str, trained: Path, published: Path) -> bytes:
+    """A file that is no checkpoint that can be used."""
+    if kind == "cut short":
+        return (published / "var_d16.pth").read_bytes()[:20000]
+    if kind == "our own, cut short":
+        return (trained / "var" / "best.ckpt").read_bytes()[:20000]
+    content = {"foreign": {"conv1.weight": torch.zeros(2)}, "code": Path("harmless")}[kind]
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["cut short", "our own, cut short", "foreign", "code"])
+def test_a_file_that_cannot_be_read_is_refused_under_every_key(kind, trained, published, tmp_path):
+    (tmp_path / "official").mkdir()
+    bad = tmp_path / "official" / "var_d16.pth"
+    bad.write_bytes(content_of(kind, trained, published))
+    shutil.copy(published / "vae_ch160v4096z32.pth", bad.parent)
+    named = [str(bad), "checkpoint" if kind == "foreign" else "damaged, holds code"]
+    for stages in ("[tokenizer]", "[var]"):
+        refused_run(tmp_path, [f"stages={stages}", f"init_from={bad}"], "(init_from=", *named)
+    refused_run(tmp_path, ["stages=[var]", f"tokenizer_ckpt={bad}"], "(tokenizer_ckpt=", *named)
+    out = tmp_path / "out"
+    done = run("sample", f"ckpt={bad}", f"out_dir={out}", f"export={tmp_path}/export")
+    assert_refused(done, "(ckpt=", *named)
+    done = run("sample", "official=var_d16", f"official_dir={bad.parent}", f"out_dir={out}")
+    assert_refused(done, "official", str(bad))
+    assert not out.exists() and not (tmp_path / "export").exists()
+
+
+def test_a_start_from_networks_that_do_not_fit_is_refused_by_name(trained, published, tmp_path):
+    transformer, tokenizer = published / "var_d16.pth", published / "vae_ch160v4096z32.pth"
+    var = ["stages=[var]", f"tokenizer_ckpt={trained}", f"init_from={transformer}"]
+    refused_run(tmp_path, var, str(transformer), "width 128 instead of 32 (transformer.width)")
+    only = ["stages=[tokenizer]", f"init_from={transformer}"]
+    refused_run(tmp_path, only, "expected a tokenizer", "with a transformer only")
+    only = ["stages=[tokenizer]", f"init_from={tokenizer}"]
+    refused_run(tmp_path, only, "in_channels 3 instead of 1 (data)", "tokenizer.encoder.width")
+    options = [f"init_from={trained}", "tokenizer.quantizer.codebook.cosine=true"]
+    refused_run(tmp_path, options, "(tokenizer.quantizer.codebook.cosine)", "init_from")
+    options = ["stages=[var]", f"tokenizer_ckpt={transformer}"]
+    refused_run(tmp_path, options, "holds a transformer only", "tokenizer_ckpt=PATH")
+    options = ["stages=[var]", f"tokenizer_ckpt={tokenizer}", "scales.patch_nums=[1,2,3,4]"]
+    refused_run(tmp_path, options, "3 channels", "have 1", "tokenizer_ckpt")
+
+
+def test_positions_that_do_not_fit_the_files_own_schedule_are_refused(published, tmp_path):
+    state = torch.load(published / "var_d16.pth", weights_only=True)
+    state["pos_1LC"] = state["pos_1LC"][:, :30]
+    torch.save(state, tmp_path / "var_d16.pth")
+    shutil.copy(published / "vae_ch160v4096z32.pth", tmp_path)
+    done = run("sample", "official=var_d16", f"official_dir={tmp_path}", f"out_dir={tmp_path}/out")
+    assert_refused(done, "pos_1LC has the shape (1, 30, 128)", "var_d16.pth")
+    assert not (tmp_path / "out").exists()
+    options = ["stages=[var]", f"tokenizer_ckpt={published}/vae_ch160v4096z32.pth"]
+    options += ["data=shapes", "data.image_size=64", "scales.patch_nums=[1,2,4]"]
+    refused_run(tmp_path, [*options, f"init_from={tmp_path}/var_d16.pth"], "pos_1LC", "init_from")
 
 
 # -- training: images ---------------------------------------------------------------------
@@ -243,9 +303,27 @@ def test_sampling_refuses_what_is_no_complete_checkpoint(trained, tmp_path):
         assert not out.exists()
 
 
-def test_sampling_asks_for_a_checkpoint(tmp_path):
-    assert_refused(run("sample", f"out_dir={tmp_path}/out"), "ckpt")
+def test_sampling_asks_for_one_checkpoint(published, tmp_path):
+    for asked in ([], ["ckpt=x", "official=var_d16"]):
+        done = run("sample", f"out_dir={tmp_path}/out", *asked)
+        assert_refused(done, "ckpt=PATH", "official=NAME", "var_d16, var_d20")
+    done = run("sample", "official=var_d9", f"out_dir={tmp_path}/out")
+    assert_refused(done, "'var_d9'", "var_d16, var_d20")
+    done = run("sample", f"ckpt={published}/var_d16.pth", f"out_dir={tmp_path}/out")
+    assert_refused(done, "var_d16.pth", "transformer only", "official=NAME")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_cannot_be_written_is_refused_before_anything_is(trained, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    options = [f"ckpt={trained}", f"out_dir={tmp_path}/out", f"export={tmp_path}/export"]
+    # Each scale has its own codebook, which a published file cannot say.
+    done = run("sample", *options, f"export_official={tmp_path}/official")
+    assert_refused(done, "codebook for each scale", "tokenizer.quantizer.per_scale")
+    done = run("sample", *options, f"export_official={tmp_path}/notes.txt")
+    assert_refused(done, "export_official", "notes.txt' is a file")
+    assert_refused(run("sample", *options, "temperature=0"), "temperature")
+    assert set(files(tmp_path)) == {"notes.txt"}
 
 
 def test_a_refusal_leaves_the_users_own_files_alone(trained, tmp_path):

@@ -235,7 +235,7 @@ def drop_tokenizer_spec(content):
 
 
 def unknown_argument(content):
-    content[KEY]["networks"]["transformer"]["rope"] = True
+    content[KEY]["networks"]["transformer"]["wings"] = True
 
 
 def empty_about(content):
@@ -251,7 +251,7 @@ def empty_about(content):
         (drop_network, ""),
         (drop_state, "state_dict"),
         (drop_tokenizer_spec, "tokenizer"),
-        (unknown_argument, "rope"),
+        (unknown_argument, "wings"),
         (empty_about, "networks"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiny import tiny_quantizer, tiny_tokenizer, tiny_transformer
+from var_exp.checkpoint import load_networks
 from var_exp.pipeline import VARPipeline
 from var_exp.sampling import generate
 
@@ -148,6 +149,16 @@ def test_it_needs_neither_lightning_nor_hydra(folder):
     assert run.stdout == "torch.Size([2, 3, 10, 10])\n"
 
 
+def test_a_run_folder_becomes_a_pipeline(trained, tmp_path):
+    pipeline = VARPipeline.from_checkpoint(trained)
+    networks = load_networks(trained)
+    assert pipeline.class_names == tuple(str(digit) for digit in range(10))
+    images = generate(networks.transformer, networks.tokenizer, [3, 7])
+    assert torch.equal(pipeline([3, 7]), images)
+    raw = VARPipeline.from_checkpoint(trained / "var" / "best.ckpt", weights="raw")
+    assert not torch.equal(raw.transformer.position, pipeline.transformer.position)
+
+
 # -- what is refused ----------------------------------------------------------------------
 
 
@@ -159,6 +170,11 @@ def refusal(folder):
     assert message.startswith("pipeline: ") and str(folder) in message
     assert "\n" not in message and len(message) < 1000
     return message
+
+
+def test_a_checkpoint_without_a_transformer_is_refused(trained):
+    with pytest.raises(ValueError, match="tokenizer' holds a tokenizer only"):
+        VARPipeline.from_checkpoint(trained / "tokenizer")
 
 
 def edit_config(folder, edit):

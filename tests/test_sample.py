@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from command import files, run
 from var_exp.checkpoint import load_networks
 from var_exp.evaluation.pictures import to_uint8
+from var_exp.official import load_official
+from var_exp.pipeline import VARPipeline
 from var_exp.sampling import generate
 
 WHOLE = {"grid.png", "coarse_to_fine.png", "samples.npz"}
@@ -75,7 +78,7 @@ def test_samples_are_those_of_generate(trained, tmp_path):
     assert np.array_equal(arrays(tmp_path)[0], expected)
 
 
-@pytest.mark.parametrize("setting", ["cfg_scale=0", "top_k=1", "top_p=0.01", "temperature=9"])
+@pytest.mark.parametrize("setting", ["cfg_scale=99", "top_k=1", "top_p=0.01", "temperature=9"])
 def test_every_setting_matters(setting, trained, tmp_path):
     usual = draw(trained, tmp_path / "usual", "classes=[4]")
     assert pictures(draw(trained, tmp_path / "other", "classes=[4]", setting)) != pictures(usual)
@@ -155,3 +158,38 @@ def test_raw_weights_are_not_the_averaged_ones(trained, tmp_path):
     images = generate(networks.transformer, networks.tokenizer, [0, 1], temperature=0.1)
     expected = to_uint8(images).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(arrays(tmp_path / "raw")[0][:2], expected)
+
+
+# -- other forms of networks, in and out --------------------------------------------------
+
+
+def test_a_portable_folder_is_written_and_draws_the_same_to_the_byte(trained, tmp_path):
+    exported = tmp_path / "exported"
+    drawn = draw(trained, tmp_path / "out", f"export={exported}", "weights=raw")
+    again = draw(exported, tmp_path / "again")
+    assert again == drawn
+    pipeline, raw = VARPipeline.from_pretrained(exported), load_networks(trained, "raw")
+    assert pipeline.class_names == tuple(str(digit) for digit in range(10))
+    assert torch.equal(pipeline.transformer.position, raw.transformer.position)
+
+
+def test_nothing_is_drawn_where_only_an_export_is_asked_for(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run("sample", f"ckpt={trained}", "num_samples=0", "export=deep/exported")
+    assert done.code == 0, done.err
+    assert "deep/exported" in done.out and "sampling" not in done.err
+    assert {path.name for path in tmp_path.iterdir()} == {"deep"}
+    assert VARPipeline.from_pretrained("deep/exported").transformer.num_classes == 10
+
+
+def test_published_networks_go_out_as_published_files_and_as_a_folder(published, tmp_path):
+    exports = [f"export={tmp_path}/folder", f"export_official={tmp_path}/files"]
+    done = run("sample", "official=var_d16", f"official_dir={published}", "num_samples=0", *exports)
+    assert done.code == 0, done.err
+    assert set(files(tmp_path / "files")) == {"var_d2.pth", "vae_ch32v64z8.pth"}
+    networks = load_official(
+        tmp_path / "files" / "var_d2.pth", tmp_path / "files" / "vae_ch32v64z8.pth"
+    )
+    folder = VARPipeline.from_pretrained(tmp_path / "folder")
+    assert torch.equal(folder([3]), generate(*networks, [3]))
+    assert folder.class_names == tuple(str(label) for label in range(10))

@@ -7,6 +7,7 @@ names of the classes. So a file alone is a complete generator, and loads with
 """
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ def describe(stage: str, networks: dict[str, nn.Module], class_names: list[str])
     }
 
 
-def find_checkpoint(path: str | Path, stages: tuple[str, ...] = ("var", "tokenizer")) -> Path:
+def find_checkpoint(path: str | Path, stages: Sequence[str] = ("var", "tokenizer")) -> Path:
     """The best checkpoint of a run folder (or of a stage's folder), or the file itself.
 
     Raises:
@@ -88,6 +89,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def check_weights(weights: str) -> None:
+    """Raise ValueError unless these are weights that `load_networks` can be asked for."""
+    if weights not in ("averaged", "raw"):
+        raise ValueError(f"weights: expected 'averaged' or 'raw', got {weights!r}")
+
+
 def load_networks(path: str | Path, weights: str = "averaged") -> Networks:
     """Build and fill the networks of a checkpoint, in evaluation mode, on the CPU.
 
@@ -100,8 +107,7 @@ def load_networks(path: str | Path, weights: str = "averaged") -> Networks:
         ValueError: see `find_checkpoint` and `read_checkpoint`; an unknown `weights`; or
             tensors that do not fit what the checkpoint says about its networks.
     """
-    if weights not in ("averaged", "raw"):
-        raise ValueError(f"weights: expected 'averaged' or 'raw', got {weights!r}")
+    check_weights(weights)
     path = find_checkpoint(path)
     content = read_checkpoint(path)
     try:

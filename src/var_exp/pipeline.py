@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from var_exp.checkpoint import load_networks
 from var_exp.files import replacing
 from var_exp.sampling import check_fit, generate
 from var_exp.spec import build
@@ -146,6 +147,24 @@ class VARPipeline:
         config = _read_config(folder / CONFIG)
         networks = {name: _read_network(folder, name, config) for name in NETWORKS}
         return cls(**networks, class_names=config.get("class_names", ()))
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike, weights: str = "averaged") -> "VARPipeline":
+        """The networks of a run folder or checkpoint that `train.py` wrote, on the CPU.
+
+        Args:
+            weights: "averaged" or "raw", as in `load_networks`.
+
+        Raises:
+            ValueError: as `load_networks`, or the checkpoint has no transformer yet.
+        """
+        networks = load_networks(path, weights)
+        if networks.transformer is None:
+            raise ValueError(
+                f"pipeline: {str(path)!r} holds a tokenizer only; expected a checkpoint of the "
+                f"var stage"
+            )
+        return cls(networks.transformer, networks.tokenizer, networks.info["class_names"])
 
 
 def _read_config(path: Path) -> dict[str, Any]:

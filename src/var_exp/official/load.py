@@ -74,6 +74,32 @@ def load_official(
     return OfficialNetworks(var, vqvae)
 
 
+def read_official(
+    path: str | os.PathLike, patch_nums: Sequence[Side] | None = None
+) -> OfficialNetworks:
+    """Whatever one file holds: a transformer, a tokenizer, or both (the authors' trainer).
+
+    Args:
+        patch_nums: the schedule of a tokenizer, as in `load_official`; a transformer's is that
+            of its file.
+
+    Returns:
+        `OfficialNetworks`, None where the file has no such network.
+
+    Raises:
+        ValueError: as `load_official`.
+    """
+    with _named(path):
+        held = _held(path)
+    transformer = tokenizer = None
+    if "transformer" in held:
+        transformer = load_official(path).transformer
+        patch_nums = patch_nums or transformer.schedule.patch_nums
+    if "tokenizer" in held:
+        tokenizer = load_official(tokenizer=path, patch_nums=patch_nums).tokenizer
+    return OfficialNetworks(transformer, tokenizer)
+
+
 @contextlib.contextmanager
 def _named(source: Source) -> Iterator[None]:
     """Whatever is wrong with a source is told with its name."""
@@ -87,10 +113,22 @@ def _named(source: Source) -> Iterator[None]:
 # -- what a source holds ------------------------------------------------------------------
 
 
+def _held(path: str | os.PathLike) -> set[str]:
+    """Which networks a file holds, by the tensors that each must have."""
+    content, held = read_tensors(path, mapped=True), set()
+    for kind, part, tensor in (
+        ("transformer", "var_wo_ddp", "pos_1LC"),
+        ("tokenizer", "vae_local", "quantize.embedding.weight"),
+    ):
+        with contextlib.suppress(ValueError):
+            held |= {kind} if tensor in _read(content, part) else set()
+    return held
+
+
 def _read(source: Source, part: str) -> State:
     """The state dict of one network under its published names."""
     # Mapped, so that a trainer's optimizer state is never read.
-    content = source if isinstance(source, Mapping) else read_tensors(source, mapped=True)
+    content = read_tensors(source, mapped=True) if isinstance(source, str | os.PathLike) else source
     for key in ("trainer", part):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
