@@ -86,12 +86,14 @@ def make_module(stage, dropout=0.2, loss=None, scale_drop=0.3, **changes):
     return VARModule(transformer, tokenizer, **{"label_drop": 0.3} | options)
 
 
-def run(stage, source, folder, *callbacks, seed=0, val_every=3, precision="32-true", **changes):
+ONE = {"devices": 1, "precision": "32-true"}
+
+
+def run(stage, source, folder, *callbacks, seed=0, val_every=3, trainer=ONE, **changes):
     """Fit a module, up to the end or to an interruption: the module, and its losses by batch."""
     module = make_module(stage, **changes)
-    trainer = functools.partial(
-        L.Trainer, accelerator="cpu", devices=1, precision=precision, enable_model_summary=False
-    )
+    options = {"accelerator": "cpu", "enable_model_summary": False} | ONE | trainer
+    trainer = functools.partial(L.Trainer, **options)
     losses = Losses()
     try:
         fit_stage(

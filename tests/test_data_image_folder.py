@@ -220,6 +220,46 @@ def test_training_crops_wander_and_validation_crops_stay_in_the_centre():
     assert 25 < sum(rising) < 75
 
 
+def published_adm(image: Image.Image, size: int) -> np.ndarray:
+    """ADM's `center_crop_arr`, told again: halve by boxes of 2 x 2, resize, cut."""
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
+    factor = size / min(image.size)
+    image = image.resize([round(s * factor) for s in image.size], Image.Resampling.BICUBIC)
+    pixels = np.asarray(image)
+    top, left = ((side - size) // 2 for side in pixels.shape[:2])
+    return pixels[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize("size", [(100, 40), (40, 101), (33, 33), (7, 300), (128, 64)])
+def test_the_adm_crop_is_adms(size):
+    noise = np.random.default_rng(0).integers(0, 256, size=(*size[::-1], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    adm, var = (ImageFolder("any", image_size=16, crop=crop) for crop in ("adm", "var"))
+    expected = torch.tensor(published_adm(image, 16)).permute(2, 0, 1) / 127.5 - 1
+    assert torch.allclose(adm.val_transform(image), expected)
+    assert not torch.allclose(var.val_transform(image), expected)
+    assert (adm.crop, var.crop) == ("adm", "var")
+
+
+@pytest.mark.parametrize("crop", ["var", "adm"])
+def test_both_crops_give_images_twice_as_wide_as_high(crop):
+    source = ImageFolder("any", image_size=[16, 32], crop=crop)
+    for shape in ((200, 30), (30, 200), (64, 32)):
+        assert source.val_transform(Image.new("RGB", shape)).shape == (3, 16, 32)
+
+
+def test_an_unknown_crop_is_refused():
+    with pytest.raises(ValueError, match="crop is 'centre', expected one of var, adm"):
+        ImageFolder("any", crop="centre")
+
+
+def test_another_number_of_classes_than_expected_is_refused(classes):
+    assert folder(classes, expected_classes=2).num_classes == 2
+    with pytest.raises(ValueError, match="has 2 classes, expected 1000"):
+        folder(classes, expected_classes=1000)
+
+
 # Bad files
 
 

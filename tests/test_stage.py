@@ -182,7 +182,7 @@ def test_the_average_is_the_mean_of_all_weights_until_its_window_is_full(digits,
 @pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
 def test_precisions_in_which_codes_or_losses_suffer_are_refused(precision, digits, tmp_path):
     with pytest.raises(ValueError, match="trainer.precision"):
-        run("var", digits, tmp_path, precision=precision)
+        run("var", digits, tmp_path, trainer={"precision": precision})
 
 
 @pytest.mark.parametrize(

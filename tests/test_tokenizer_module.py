@@ -110,7 +110,7 @@ def test_under_bf16_micro_batches_clipping_and_both_optimizers_work(digits, tmp_
         tmp_path / "b",
         watch,
         adversary=adversary(),
-        precision="bf16-mixed",
+        trainer={"precision": "bf16-mixed"},
         **options,
     )
     assert list(cast.values()) == pytest.approx(list(losses.values()), rel=0.05)

@@ -123,7 +123,7 @@ class Watch(L.Callback):
 
 def test_under_bf16_quantizer_and_losses_stay_in_float32(digits, tmp_path):
     watch = Watch("tokenizer.encoder", "tokenizer.quantizer")
-    module, losses = run("tokenizer", digits, tmp_path, watch, precision="bf16-mixed")
+    module, losses = run("tokenizer", digits, tmp_path, watch, trainer={"precision": "bf16-mixed"})
     assert len(losses) == NUM_BATCHES
     assert watch.seen["tokenizer.encoder"].dtype == torch.bfloat16
     quantized = watch.seen["tokenizer.quantizer"]
@@ -133,7 +133,7 @@ def test_under_bf16_quantizer_and_losses_stay_in_float32(digits, tmp_path):
 
 def test_under_bf16_logits_stay_in_float32(digits, tmp_path):
     watch = Watch("transformer.code_projection", "transformer")
-    run("var", digits, tmp_path, watch, precision="bf16-mixed")
+    run("var", digits, tmp_path, watch, trainer={"precision": "bf16-mixed"})
     assert watch.seen["transformer.code_projection"].dtype == torch.bfloat16
     assert watch.seen["transformer"].dtype == torch.float32
 
