@@ -1,4 +1,4 @@
-"""A stage on two processes is the stage on one, with both optimizers, clipping and micro-batches."""
+"""A stage on two processes is the stage on one: both optimizers, clipping and micro-batches."""
 
 import functools
 from pathlib import Path

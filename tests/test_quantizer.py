@@ -1,45 +1,13 @@
 """The multi-scale quantizer does what the method says, written out here step by step."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+from slow_quantizer import slow_quantize
 from tiny import QUANTIZERS, features, tiny_quantizer
-from var_exp.tokenizer.codebook import Codebook
-from var_exp.tokenizer.quantizer import area_matrix, assign_phis, bicubic_matrix
 
 every_variant = pytest.mark.parametrize("variant", QUANTIZERS.values(), ids=QUANTIZERS)
-
-
-def slow_quantize(quantizer, f):
-    """The method's five steps in float64, with torch's own resizes and all distances.
-
-    Returns (indices, what is added after each scale, the residual that is left, the vectors
-    that each scale quantized).
-    """
-    quantizer = copy.deepcopy(quantizer).double()
-    residual, last = f.double(), quantizer.schedule.num_scales - 1
-    all_indices, parts, seen = [], [], []
-    for k, size in enumerate(quantizer.schedule.sizes):
-        z = residual if k == last else F.interpolate(residual, size=size, mode="area")
-        vectors = z.permute(0, 2, 3, 1).flatten(0, 2)
-        book = quantizer.codebooks[k if len(quantizer.codebooks) > 1 else 0]
-        if book.cosine:
-            score = F.cosine_similarity(vectors[:, None], book.weight[None], dim=-1)
-        else:
-            score = -(vectors[:, None] - book.weight[None]).norm(dim=-1)
-        indices = score.argmax(dim=1)
-        h = book.weight[indices].view(len(f), *size, -1).permute(0, 3, 1, 2)
-        if k != last:
-            h = F.interpolate(h, size=f.shape[2:], mode="bicubic")
-        h = 0.5 * h + 0.5 * quantizer.phis[quantizer.phi_of_scale[k]](h)
-        residual = residual - h
-        all_indices.append(indices.view(len(f), -1))
-        parts.append(h)
-        seen.append(vectors)
-    return all_indices, parts, residual, seen
 
 
 @every_variant
@@ -149,6 +117,51 @@ def test_bf16_autocast_changes_no_bit(variant):
     assert all(map(torch.equal, cast_codes + cast.indices, codes + plain.indices))
 
 
+@every_variant
+def test_corrupted_codes_are_the_nearest_of_what_the_mistakes_before_them_left(variant):
+    quantizer = tiny_quantizer(**variant)
+    f = features(quantizer)
+    targets, seen = quantizer.encode_corrupted(f, 0.3)
+    nearest, _, _, _ = slow_quantize(quantizer, f, used=seen)
+    for ours, slow in zip(targets, nearest, strict=True):
+        assert torch.equal(ours, slow) and ours.dtype == torch.int64
+    replaced = torch.cat(targets, 1) != torch.cat(seen, 1)
+    assert replaced.any() and not replaced.all()
+
+
+def test_a_share_of_the_codes_is_replaced_by_any_other():
+    quantizer = tiny_quantizer([2, 8], num_phi=1)
+    f = features(quantizer, 60)
+    for share in (0.1, 0.5, 1.0):
+        targets, seen = quantizer.encode_corrupted(f, share)
+        for ours, used in zip(targets, seen, strict=True):
+            # A sixteenth of the draws are the code that was there.
+            assert abs((ours != used).float().mean() - share * 15 / 16) < 0.1
+    for used in seen:  # at share 1 every code is drawn, uniformly
+        counts = torch.bincount(used.flatten(), minlength=16) / used.numel()
+        assert (counts - 1 / 16).abs().max() < 0.05
+    first, second = (quantizer.encode_corrupted(f, 0.5).seen for _ in range(2))
+    assert not torch.equal(first[1], second[1])
+
+
+@every_variant
+def test_without_corruption_codes_and_targets_are_those_of_encode(variant):
+    quantizer = tiny_quantizer(**variant)
+    f = features(quantizer)
+    state = torch.get_rng_state()
+    targets, seen = quantizer.encode_corrupted(f.requires_grad_(), 0.0)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn
+    for ours, used, encoded in zip(targets, seen, quantizer.encode(f), strict=True):
+        assert torch.equal(ours, encoded) and torch.equal(used, encoded)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_that_is_none_is_refused(share):
+    quantizer = tiny_quantizer()
+    with pytest.raises(ValueError, match=rf"share must be in \[0, 1\], got {share}"):
+        quantizer.encode_corrupted(features(quantizer), share)
+
+
 def test_features_of_half_precision_are_quantized_in_float32():
     quantizer = tiny_quantizer()
     f = features(quantizer).bfloat16()
@@ -157,31 +170,7 @@ def test_features_of_half_precision_are_quantized_in_float32():
     assert all(map(torch.equal, quantized.indices, quantizer(f.float()).indices))
 
 
-# -- which phi, and how to resize ---------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("num_scales", "expected"),
-    [
-        (1, [0]),
-        (3, [0, 2, 3]),
-        (4, [0, 1, 2, 3]),
-        (5, [0, 1, 2, 2, 3]),
-        (6, [0, 0, 1, 2, 3, 3]),
-        (8, [0, 0, 1, 1, 2, 2, 3, 3]),
-        (10, [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]),
-        (14, [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3]),
-    ],
-)
-def test_four_phis_serve_the_scales_as_in_the_published_code(num_scales, expected):
-    assert assign_phis(num_scales, 4) == expected
-    assert tiny_quantizer(list(range(1, num_scales + 1)), num_phi=4).phi_of_scale == expected
-
-
-@pytest.mark.parametrize("num_scales", range(1, 15))
-def test_one_phi_serves_all_scales_and_k_phis_one_each(num_scales):
-    assert assign_phis(num_scales, 1) == [0] * num_scales
-    assert assign_phis(num_scales, num_scales) == list(range(num_scales))
+# -- what is refused ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("num_phi", "largest"), [(0, 5), (-1, 5), (6, 5)])
@@ -190,138 +179,19 @@ def test_a_number_of_phis_that_cannot_serve_is_refused(num_phi, largest):
         tiny_quantizer(num_phi=num_phi)
 
 
-@pytest.mark.parametrize("source", [1, 2, 5, 13, 16])
-@pytest.mark.parametrize("target", [1, 2, 3, 5, 8, 13, 16])
-def test_the_resizes_are_torchs_area_and_bicubic_as_matrices(source, target):
-    x = torch.randn(2, 3, source, source, dtype=torch.float64)
-    for make, mode in ((area_matrix, "area"), (bicubic_matrix, "bicubic")):
-        if mode == "area" and target > source:
-            continue
-        matrix = make(source, target).double()
-        assert matrix.shape == (target, source)
-        expected = F.interpolate(x, size=(target, target), mode=mode)
-        torch.testing.assert_close(matrix @ x @ matrix.T, expected, atol=1e-6, rtol=0)
-
-
-# -- how the codes learn ------------------------------------------------------------------
-
-
-class Witness(Codebook):
-    """Remembers what it is told about the data."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.starts, self.updates = [], []
-
-    def start(self, vectors):
-        self.starts.append(vectors.clone())
-
-    def update(self, vectors, indices):
-        self.updates.append((vectors.clone(), indices.clone()))
-
-
-def with_witnesses(per_scale: bool):
-    quantizer = tiny_quantizer(per_scale=per_scale)
-    books = []
-    for book in quantizer.codebooks:
-        books.append(Witness(book.vocab_size, book.code_dim))
-        books[-1].load_state_dict(book.state_dict())
-    quantizer.codebooks = torch.nn.ModuleList(books)
-    return quantizer
-
-
-@pytest.mark.parametrize("per_scale", [False, True])
-def test_each_codebook_is_updated_with_the_vectors_of_its_scales(per_scale):
-    quantizer = with_witnesses(per_scale).train()
-    f = features(quantizer)
-    indices, _, _, seen = slow_quantize(quantizer, f)
-    quantizer(f)
-    codes = [i.flatten() for i in indices]
-    if not per_scale:
-        seen, codes = [torch.cat(seen)], [torch.cat(codes)]
-    for book, vectors, chosen in zip(quantizer.codebooks, seen, codes, strict=True):
-        [(told, told_codes)] = book.updates
-        torch.testing.assert_close(told, vectors.float(), atol=1e-5, rtol=0)
-        assert torch.equal(told_codes, chosen)
-
-
-def test_codebooks_start_once_from_what_their_own_scales_see():
-    quantizer = with_witnesses(per_scale=True)
-    f = features(quantizer)
-    _, _, _, seen = slow_quantize(quantizer, f)
-    quantizer(f)
-    assert not quantizer.started and not quantizer.codebooks[0].starts  # not in evaluation
-    quantizer.train()
-    quantizer(f)
-    quantizer(features(quantizer))
-    assert quantizer.started and "started" in quantizer.state_dict()
-    for book, vectors in zip(quantizer.codebooks, seen, strict=True):
-        [told] = book.starts
-        torch.testing.assert_close(told, vectors.float(), atol=1e-5, rtol=0)
-
-
-def test_a_shared_codebook_starts_from_the_features_at_every_scale():
-    quantizer = with_witnesses(per_scale=False).train()
-    f = features(quantizer)
-    quantizer(f)
-    [told] = quantizer.codebooks[0].starts
-    maps = [F.interpolate(f, size=size, mode="area") for size in quantizer.schedule.sizes]
-    expected = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps])
-    torch.testing.assert_close(told, expected, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("per_scale", [False, True])
-def test_training_leads_ema_codes_to_the_data_and_evaluation_leaves_them(per_scale):
-    quantizer = tiny_quantizer(ema=True, per_scale=per_scale, vocab_size=64, phi_ratio=0.0)
-    f = 3 + 0.1 * features(quantizer, 8)
-    before = copy.deepcopy(quantizer.state_dict())
-    loss = quantizer(f).loss
-    for name, value in quantizer.state_dict().items():
-        assert torch.equal(value, before[name])
-    quantizer.train()
-    for _ in range(30):
-        quantizer(f)
-    assert quantizer(f).loss < loss / 10
-
-
-def test_codebooks_for_each_scale_start_different():
-    weights = [book.weight for book in tiny_quantizer(per_scale=True).codebooks]
-    assert all(not torch.equal(weights[0], other) for other in weights[1:])
-
-
-# -- scale drop ---------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_scale_drop_decodes_from_every_prefix_but_reports_all_codes_and_the_whole_loss():
-    quantizer = tiny_quantizer(scale_drop=1.0)
-    f = features(quantizer)
-    whole = quantizer(f)
-    sums = list(quantizer.partial_sums(whole.indices))
-    quantizer.train()
-    met = set()
-    for _ in range(60):
-        quantized = quantizer(f)
-        errors = [(quantized.f_hat - f_hat).abs().max().item() for f_hat in sums]
-        met.add(min(range(len(sums)), key=errors.__getitem__))
-        assert min(errors) < 1e-5
-        assert all(map(torch.equal, quantized.indices, whole.indices))
-        assert torch.equal(quantized.loss, whole.loss)
-    assert met == {0, 1, 2, 3}  # never all five
-
-
-@torch.no_grad()
-def test_scale_drop_hits_its_share_of_the_batches():
-    quantizer = tiny_quantizer([1, 2], num_phi=1, scale_drop=0.25)
-    f = features(quantizer, 1)
-    whole = quantizer(f).f_hat
-    quantizer.train()
-    dropped = sum(not torch.allclose(quantizer(f).f_hat, whole, atol=1e-5) for _ in range(400))
-    assert abs(dropped / 400 - 0.25) < 0.08
-
-
-def test_a_single_scale_cannot_be_dropped():
-    quantizer = tiny_quantizer([3], num_phi=1, scale_drop=1.0).train()
-    f = features(quantizer)
-    *_, whole = quantizer.partial_sums(quantizer.encode(f))
-    torch.testing.assert_close(quantizer(f).f_hat, whole)
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("scale_drop", 1.5, "in [0, 1]"),
+        ("scale_drop_from", 0, "in 1..5, the number of scales"),
+        ("scale_drop_from", 6, "in 1..5, the number of scales"),
+        ("entropy", -0.1, ">= 0"),
+        ("entropy_temperature", 0.0, "> 0"),
+    ],
+)
+def test_a_switch_outside_its_range_is_refused_and_named(name, value, expected):
+    with pytest.raises(ValueError) as error:
+        tiny_quantizer(**{name: value})
+    assert f"{name} must be {expected}, got {value} (tokenizer.quantizer.{name})" in str(
+        error.value
+    )

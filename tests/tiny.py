@@ -11,10 +11,13 @@ from torch import nn
 
 from var_exp.tokenizer import (
     VQVAE,
+    BaseCodebook,
+    BitwiseCodebook,
     Codebook,
     Decoder,
     EMACodebook,
     Encoder,
+    FSQCodebook,
     MultiScaleQuantizer,
 )
 from var_exp.transformer import VAR
@@ -30,6 +33,11 @@ ODD_SCALES = {
     "single": [3],
 }
 BLOCKS = ["gpt2", "adaln", "shared_adaln"]
+IMPLICIT = {  # codebooks without a table, of dimension 4
+    "bitwise": lambda: BitwiseCodebook(4),
+    "fsq": lambda: FSQCodebook([3, 4, 3, 5]),  # even and odd numbers of levels
+}
+IMPLICIT_ON = ((0, "five"), (1, "five"), (0, "two_to_one"), (1, "two_to_one"), (1, "single"))
 
 
 def quantizer_variants() -> dict[str, dict]:
@@ -49,6 +57,10 @@ def quantizer_variants() -> dict[str, dict]:
         for per_scale, num_phi in ((0, 1), (0, 4), (1, len(patch_nums))):
             name = f"{scales}-{'per_scale' if per_scale else 'shared'}-{num_phi}phi"
             variants[name] = {"patch_nums": patch_nums, "per_scale": per_scale, "num_phi": num_phi}
+    for implicit, (per_scale, schedule) in product(IMPLICIT, IMPLICIT_ON):
+        name = f"{implicit}-{'per_scale' if per_scale else 'shared'}-{schedule}"
+        patch_nums = ODD_SCALES.get(schedule, SCALES)
+        variants[name] = {"implicit": implicit, "per_scale": per_scale, "patch_nums": patch_nums}
     return variants
 
 
@@ -56,12 +68,32 @@ QUANTIZERS = quantizer_variants()
 
 
 def tiny_quantizer(
-    patch_nums=SCALES, ema=False, per_scale=False, cosine=False, num_phi=4, **others
+    patch_nums=SCALES,
+    ema=False,
+    per_scale=False,
+    cosine=False,
+    num_phi=4,
+    implicit=None,
+    **others,
 ) -> MultiScaleQuantizer:
     book = EMACodebook if ema else Codebook
-    codebook = book(others.pop("vocab_size", 16), 4, cosine=bool(cosine))
+    vocab_size = others.pop("vocab_size", 16)
+    codebook = IMPLICIT[implicit]() if implicit else book(vocab_size, 4, cosine=bool(cosine))
     quantizer = MultiScaleQuantizer(patch_nums, codebook, bool(per_scale), num_phi, **others)
+    if implicit:
+        magnitudes_that_shrink(quantizer)
     return quantizer.eval()
+
+
+def magnitudes_that_shrink(quantizer: MultiScaleQuantizer) -> None:
+    """As residuals do: 1.3 at the first scale."""
+    for k, codebook in enumerate(quantizer.codebooks):
+        torch.nn.init.constant_(codebook.log_magnitude, 0.26 - 0.2 * k)
+
+
+def table(codebook: BaseCodebook) -> torch.Tensor:
+    """All codes (V, D)."""
+    return codebook.lookup(torch.arange(codebook.vocab_size))
 
 
 def features(quantizer: MultiScaleQuantizer, batch_size: int = 3) -> torch.Tensor:

@@ -1,15 +1,23 @@
 """Codebooks: from vectors to codes and back.
 
 A codebook answers two questions, `nearest` and `lookup`; the multi-scale quantizer asks them
-at every scale and knows nothing else about codes. Three ways to learn the codes exist here:
+at every scale and knows nothing else about codes. Here are those that keep a table of codes;
+`implicit.py` has codes without one. Two ways to learn the table:
 
     Codebook       by gradient (VQ-VAE, van den Oord et al., arXiv 1711.00937)
     EMACodebook    as a moving average of the vectors that chose each code (the same paper,
-                   appendix A.1), started from data and with dead codes restarted
-                   (Jukebox, Dhariwal et al., arXiv 2005.00341, section 3.1)
+                   appendix A.1)
+
+and what keeps codes from being left unused: a start from data or by k-means (SoundStream,
+Zeghidour et al., arXiv 2107.03312, section III-C), restarts of dead codes (Jukebox, Dhariwal et
+al., arXiv 2005.00341, section 3.1), search by cosine (ViT-VQGAN, Yu et al., arXiv 2110.04627,
+section 3.2), and an entropy that a loss can ask for (MAGVIT-v2, Yu et al., arXiv 2310.05737,
+section 3.1). A vector that is not finite has no part in any of it.
 
     N vectors, V codes, D code dimension
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,50 +26,57 @@ from torch import Tensor, nn
 
 from var_exp.spec import recorded
 
+# Where codes start -> steps of k-means after starting at vectors of the data; None: no start.
+STARTS = {"none": None, "data": 0, "kmeans": 10}
+KMEANS_VECTORS = 8192  # at most so many of each process
 
-@recorded
-class Codebook(nn.Module):
-    """V code vectors of dimension D, learned by gradient.
 
-    Args:
-        vocab_size: V >= 2.
-        code_dim: D >= 1.
-        cosine: nearest by cosine instead of Euclidean distance. Codes are looked up as stored
-            in either case, not normalised.
+class Entropies(NamedTuple):
+    """Of soft assignments of N vectors to V codes, in nats, scalars in [0, ln V].
+
+    each: mean over the vectors of the entropy of one; small where vectors lie at codes.
+    mean: entropy of the mean assignment; large where all codes are used alike.
+    """
+
+    each: Tensor
+    mean: Tensor
+
+
+class BaseCodebook(nn.Module):
+    """What the quantizer asks of V codes of dimension D. Subclasses say which codes these are.
 
     Raises:
         ValueError: fewer than two codes.
     """
 
-    def __init__(self, vocab_size: int, code_dim: int, cosine: bool = False):
+    def __init__(self, vocab_size: int, code_dim: int):
         super().__init__()
         if vocab_size < 2:
             raise ValueError(
                 f"codebook: expected at least 2 codes, got {vocab_size} "
                 f"(tokenizer.quantizer.codebook.vocab_size)"
             )
-        self.vocab_size, self.code_dim, self.cosine = vocab_size, code_dim, cosine
-        self.weight = nn.Parameter(torch.empty(vocab_size, code_dim))
-        self.reset_parameters()
+        self.vocab_size, self.code_dim = vocab_size, code_dim
+
+    @property
+    def rule(self) -> Any:
+        """Plain value: all but the parameters that decides which code a vector gets."""
+        raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.code_dim**-0.5)
+        """Draw the parameters anew; called for each scale's own copy."""
 
-    @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """Index of the nearest code to each vector: (N, D) -> (N,) int64."""
-        if self.cosine:
-            return (F.normalize(z, dim=-1) @ F.normalize(self.weight, dim=-1).T).argmax(dim=-1)
-        distance = (
-            z.square().sum(dim=-1, keepdim=True)
-            + self.weight.square().sum(dim=-1)
-            - 2 * z @ self.weight.T
-        )  # (N, V)
-        return distance.argmin(dim=-1)
+        """Index of the code of each vector: (N, D) -> (N,) int64, without gradient."""
+        raise NotImplementedError
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Code vectors as stored: (...) int64 -> (..., D)."""
-        return F.embedding(indices, self.weight)
+        """Code vectors: (...) int64 -> (..., D)."""
+        raise NotImplementedError
+
+    def entropy(self, z: Tensor, temperature: float) -> Entropies:
+        """Of softmax(-squared distance / temperature) of vectors (N, D), with gradient."""
+        raise NotImplementedError
 
     def start(self, vectors: Tensor) -> None:
         """Called once, before the first training step, with vectors (N, D) of its scales."""
@@ -71,13 +86,133 @@ class Codebook(nn.Module):
 
 
 @recorded
+class Codebook(BaseCodebook):
+    """V code vectors of dimension D, learned by gradient.
+
+    Args:
+        vocab_size: V >= 2.
+        code_dim: D >= 1.
+        cosine: nearest by cosine instead of Euclidean distance. Codes are looked up as stored
+            in either case, not normalised.
+        decay: of the average counts that restarts go by, in [0, 1).
+        restart_below: a code is dead, and moved to a vector of the batch, when its average
+            count falls below this share of the uniform count N / V; in [0, 1), 0 never
+            restarts. What an optimizer remembers of the code is left as it is.
+        start_from: "none" keeps the random initial codes, "data" moves them to vectors of the
+            first training batch, "kmeans" on from there to the means of clusters.
+
+    Raises:
+        ValueError: fewer than two codes, or a value outside its range.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        code_dim: int,
+        cosine: bool = False,
+        decay: float = 0.98,
+        restart_below: float = 0.0,
+        start_from: str = "none",
+    ):
+        super().__init__(vocab_size, code_dim)
+        for name, share in (("decay", decay), ("restart_below", restart_below)):
+            if not 0 <= share < 1:
+                raise ValueError(
+                    f"codebook: {name} must be in [0, 1), got {share} "
+                    f"(tokenizer.quantizer.codebook.{name})"
+                )
+        self.start_from = check_start(start_from, STARTS)
+        self.cosine, self.decay, self.restart_below = cosine, decay, restart_below
+        self.weight = nn.Parameter(torch.empty(vocab_size, code_dim))
+        counts = torch.ones(vocab_size) if restart_below > 0 else None  # a buffer if needed
+        self.register_buffer("average_count", counts)
+        self.reset_parameters()
+
+    @property
+    def rule(self) -> Any:
+        return self.cosine
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.code_dim**-0.5)
+
+    @torch.no_grad()
+    def nearest(self, z: Tensor) -> Tensor:
+        return self._distance(z, self.weight).argmin(dim=-1)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        return F.embedding(indices, self.weight)
+
+    def entropy(self, z: Tensor, temperature: float) -> Entropies:
+        # From a copy: `update` may move codes before the backward pass, which needs them as
+        # they were.
+        return entropies(-self._distance(z, self.weight.clone()) / temperature)
+
+    def _distance(self, z: Tensor, weight: Tensor) -> Tensor:
+        """Squared distances (N, V); with cosine those of the directions, less a constant."""
+        if self.cosine:
+            return -2 * F.normalize(z, dim=-1) @ F.normalize(weight, dim=-1).T
+        squares = z.square().sum(dim=-1, keepdim=True) + weight.square().sum(dim=-1)
+        return squares - 2 * z @ weight.T
+
+    # -- learning from the vectors --------------------------------------------------------
+
+    @torch.no_grad()
+    def start(self, vectors: Tensor) -> None:
+        everything = torch.ones_like(self.weight[:, 0], dtype=torch.bool)
+        if STARTS[self.start_from] is not None:
+            self._move(everything, pick(vectors, self.vocab_size))
+            self._kmeans(vectors, STARTS[self.start_from])
+        if self.average_count is not None:
+            number = over_processes(finite(vectors).to(vectors).sum())
+            self._count_fully(everything, number / self.vocab_size)
+
+    def _kmeans(self, vectors: Tensor, steps: int) -> None:
+        order = torch.randperm(len(vectors), device=vectors.device)
+        sample = vectors[order[:KMEANS_VECTORS]]
+        for _ in range(steps):
+            count, total = self._sums(sample, self.nearest(sample))
+            mean = total / count.clamp(min=1).unsqueeze(1)
+            self._move(count > 0, mean)  # a code that nobody chose stays
+
+    @torch.no_grad()
+    def update(self, vectors: Tensor, indices: Tensor) -> None:
+        if self.average_count is not None:
+            count, _ = self._sums(vectors, indices)
+            self.average_count.lerp_(count, 1 - self.decay)
+            self._restart(vectors, count.mean())
+
+    def _restart(self, vectors: Tensor, uniform: Tensor) -> None:
+        dead = self.average_count < self.restart_below * uniform
+        moved = self._move(dead, pick(vectors, self.vocab_size))
+        # A newcomer that nobody chooses is dead again after
+        # ln(restart_below) / ln(decay) steps, however many vectors a scale has.
+        self._count_fully(moved, uniform)
+
+    def _move(self, which: Tensor, places: Tensor) -> Tensor:
+        """Put the codes `which` (V,) at finite `places` (V, D); returns which were moved."""
+        which = which & finite(places)
+        self.weight.copy_(torch.where(which.unsqueeze(1), places, self.weight))
+        return which
+
+    def _count_fully(self, which: Tensor, uniform: Tensor) -> None:
+        """Give the codes `which` (V,) the average count of a code that is used like all."""
+        self.average_count.copy_(torch.where(which, uniform, self.average_count))
+
+    def _sums(self, vectors: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Finite vectors that chose each code, of all processes: number (V,), sum (V, D)."""
+        rows = F.pad(vectors, (0, 1), value=1.0)  # (N, D + 1), the last counts
+        rows = rows.masked_fill(~finite(vectors).unsqueeze(1), 0)
+        sums = rows.new_zeros(self.vocab_size, self.code_dim + 1).index_add_(0, indices, rows)
+        sums = over_processes(sums)
+        return sums[:, -1], sums[:, :-1]
+
+
+@recorded
 class EMACodebook(Codebook):
     """Codes that follow the mean of the vectors which chose them.
 
     Args:
-        decay: of the moving averages, in [0, 1).
-        restart_below: a code whose average count per step falls below this is replaced by a
-            vector of the batch; 0 never restarts.
+        others: see `Codebook`; `decay` is also that of the means.
     """
 
     def __init__(
@@ -87,58 +222,77 @@ class EMACodebook(Codebook):
         cosine: bool = False,
         decay: float = 0.98,
         restart_below: float = 0.03,
+        start_from: str = "data",
     ):
-        super().__init__(vocab_size, code_dim, cosine)
-        self.decay, self.restart_below = decay, restart_below
+        super().__init__(vocab_size, code_dim, cosine, decay, restart_below, start_from)
         self.weight.requires_grad_(False)
-        self.register_buffer("average_count", torch.ones(vocab_size))
+        self.register_buffer("average_count", torch.ones(vocab_size))  # whether restarted or not
         self.register_buffer("average_sum", self.weight.detach().clone())
 
     @torch.no_grad()
-    def start(self, vectors: Tensor) -> None:
-        """Start from vectors of the first batch, so that every code lies where data lies."""
-        self.weight.copy_(_pick(vectors, self.vocab_size))
-        self.average_count.fill_(1.0)
-        self.average_sum.copy_(self.weight)
-
-    @torch.no_grad()
     def update(self, vectors: Tensor, indices: Tensor) -> None:
-        count = torch.bincount(indices, minlength=self.vocab_size).to(vectors.dtype)  # (V,)
-        total = torch.zeros_like(self.weight).index_add_(0, indices, vectors)  # (V, D)
-        if _distributed():
-            dist.all_reduce(count)
-            dist.all_reduce(total)
+        count, total = self._sums(vectors, indices)
         self.average_count.lerp_(count, 1 - self.decay)
         self.average_sum.lerp_(total, 1 - self.decay)
         mean = self.average_sum / self.average_count.clamp(min=1e-6).unsqueeze(1)
-        alive = self.average_count >= max(self.restart_below, 1e-6)
-        self.weight.copy_(torch.where(alive.unsqueeze(1), mean, self.weight))
+        self._move(self.average_count >= 1e-6, mean)  # without any count there is no mean
         if self.restart_below > 0:
-            self._restart(~alive, vectors)
+            self._restart(vectors, count.mean())
 
-    def _restart(self, dead: Tensor, vectors: Tensor) -> None:
-        fresh = _pick(vectors, self.vocab_size)
-        self.weight.copy_(torch.where(dead.unsqueeze(1), fresh, self.weight))
-        # A full count of one keeps a newcomer alive for about 1 / (1 - decay) steps.
-        self.average_count.masked_fill_(dead, 1.0)
-        self.average_sum.copy_(torch.where(dead.unsqueeze(1), fresh, self.average_sum))
+    def _count_fully(self, which: Tensor, uniform: Tensor) -> None:
+        super()._count_fully(which, uniform)
+        full = self.weight * self.average_count.unsqueeze(1)
+        self.average_sum.copy_(torch.where(which.unsqueeze(1), full, self.average_sum))
 
 
-def _pick(vectors: Tensor, count: int) -> Tensor:
-    """`count` of the vectors (N, D), drawn without repeats while they last.
+def entropies(logits: Tensor) -> Entropies:
+    """Of the assignments softmax(logits), (N, V)."""
+    log_p = logits.log_softmax(dim=-1)
+    p = log_p.exp()
+    mean = p.mean(dim=0)  # (V,)
+    log_mean = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
+    return Entropies(-(p * log_p).sum(dim=-1).mean(), -(mean * log_mean).sum())
 
-    Repeats are spread by a little noise, or two codes would stay equal for ever. All ranks get
-    the draw of rank 0.
+
+def pick(vectors: Tensor, count: int) -> Tensor:
+    """`count` of the finite vectors (N, D), drawn without repeats while they last.
+
+    Repeats are spread by a little noise, or two codes would stay equal for ever. All processes
+    get the draw of the first one. Rows are not finite where no vector was.
     """
+    is_finite = finite(vectors)
     order = torch.randperm(len(vectors), device=vectors.device)
-    repeats = -(-count // len(vectors))
-    picked = vectors[order.repeat(repeats)[:count]].clone()  # (count, D)
-    if repeats > 1:
-        spread = vectors.std(dim=0, correction=0)
-        picked[len(vectors) :] += 0.1 * spread * torch.randn_like(picked[len(vectors) :])
+    order = order[(~is_finite[order]).to(torch.uint8).argsort(stable=True)]  # finite ones first
+    place = torch.arange(count, device=vectors.device)
+    number = is_finite.sum().clamp(min=1)  # stays on the device: reading it would wait for it
+    picked = vectors[order[place % number]]  # (count, D)
+    noise = 0.1 * picked.std(dim=0, correction=0) * torch.randn_like(picked)
+    picked = torch.where((place >= number).unsqueeze(1), picked + noise, picked)
     if _distributed():
         dist.broadcast(picked, src=0)
     return picked
+
+
+def finite(vectors: Tensor) -> Tensor:
+    """Which vectors (N, D) are finite, and not so large that sums are not: (N,) bool."""
+    return vectors.square().sum(dim=-1).isfinite()
+
+
+def over_processes(values: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if _distributed():
+        dist.all_reduce(values)
+    return values
+
+
+def check_start(start_from: str, known: dict | tuple) -> str:
+    """Raise ValueError unless this start is known."""
+    if start_from not in known:
+        raise ValueError(
+            f"codebook: start_from must be one of {', '.join(known)}, got {start_from!r} "
+            f"(tokenizer.quantizer.codebook.start_from)"
+        )
+    return start_from
 
 
 def _distributed() -> bool:

@@ -13,14 +13,14 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_exp.scales import ScaleSchedule, Side
 from var_exp.spec import recorded
-from var_exp.tokenizer.codebook import Codebook
+from var_exp.tokenizer.codebook import BaseCodebook
+from var_exp.tokenizer.resize import Resize, assign_phis
 
 
 class Quantized(NamedTuple):
@@ -28,12 +28,36 @@ class Quantized(NamedTuple):
 
     f_hat: (B, D, H, W), its value that of the codes, its gradient that of f (straight-through).
     indices: K tensors (B, h_k * w_k) int64.
-    loss: scalar, the codebook and commitment loss.
+    loss: scalar, the codebook and commitment loss, and the entropy term where it is on.
     """
 
     f_hat: Tensor
     indices: list[Tensor]
     loss: Tensor
+
+
+class Corrupted(NamedTuple):
+    """Codes with mistakes, and what corrects them: each K tensors (B, h_k * w_k) int64.
+
+    targets: at each scale the nearest codes of what the coarser codes of `seen` left over.
+    seen: the same with a share of the codes replaced, at each scale before the next.
+    """
+
+    targets: list[Tensor]
+    seen: list[Tensor]
+
+
+class Step(NamedTuple):
+    """One scale of the residual loop.
+
+    nearest, used: codes (B, h_k * w_k) int64; z: the vectors (B, D, h_k, w_k) that chose the
+    nearest; part: what the used ones add to f_hat, (B, D, H, W).
+    """
+
+    nearest: Tensor
+    used: Tensor
+    z: Tensor
+    part: Tensor
 
 
 @recorded
@@ -50,33 +74,55 @@ class MultiScaleQuantizer(nn.Module):
         phi_ratio: share of the convolution in phi, in [0, 1].
         beta: weight of the commitment term.
         scale_drop: share of training batches that are decoded from a random prefix of the
-            scales, so that coarse scales carry what they can.
+            scales, so that coarse scales carry what they can (quantizer dropout, SoundStream,
+            arXiv 2107.03312, section III-C).
+        scale_drop_from: how many scales a prefix always has, in 1..K (3 in XQ-GAN,
+            arXiv 2412.01762).
+        entropy: weight of the entropy term, in training only: mean entropy of the soft
+            assignment of each vector less the entropy of their mean assignment (MAGVIT-v2,
+            arXiv 2310.05737, section 3.1), averaged over the scales. It asks for vectors near
+            their codes and for codes that are used alike. A table of codes costs N x V numbers
+            at each scale. Processes have each the mean assignment of their own batch.
+        entropy_temperature: of the softmax over negative squared distances, > 0.
 
     Raises:
-        ValueError: num_phi outside 1..max(K, 4).
+        ValueError: a value outside its range.
     """
 
     def __init__(
         self,
         patch_nums: Sequence[Side],
-        codebook: Codebook,
+        codebook: BaseCodebook,
         per_scale: bool = False,
         num_phi: int = 4,
         phi_ratio: float = 0.5,
         beta: float = 0.25,
         scale_drop: float = 0.0,
+        scale_drop_from: int = 1,
+        entropy: float = 0.0,
+        entropy_temperature: float = 0.01,
     ):
         super().__init__()
         self.schedule = ScaleSchedule(patch_nums)
         num_scales = self.schedule.num_scales
-        if not 1 <= num_phi <= max(num_scales, 4):
-            raise ValueError(
-                f"quantizer: num_phi must be in 1..{max(num_scales, 4)} (1 shared, 4 as "
-                f"published, {num_scales} one per scale), got {num_phi} "
-                f"(tokenizer.quantizer.num_phi)"
-            )
+        most, scales = max(num_scales, 4), f"in 1..{num_scales}, the number of scales"
+        phis = f"in 1..{most} (1 shared, 4 as published, {num_scales} one per scale)"
+        for name, value, expected, fits in (
+            ("num_phi", num_phi, phis, 1 <= num_phi <= most),
+            ("scale_drop", scale_drop, "in [0, 1]", 0 <= scale_drop <= 1),
+            ("scale_drop_from", scale_drop_from, scales, 1 <= scale_drop_from <= num_scales),
+            ("entropy", entropy, ">= 0", entropy >= 0),
+            ("entropy_temperature", entropy_temperature, "> 0", entropy_temperature > 0),
+        ):
+            if not fits:
+                raise ValueError(
+                    f"quantizer: {name} must be {expected}, got {value} "
+                    f"(tokenizer.quantizer.{name})"
+                )
         self.vocab_size, self.code_dim = codebook.vocab_size, codebook.code_dim
-        self.phi_ratio, self.beta, self.scale_drop = phi_ratio, beta, scale_drop
+        self.phi_ratio, self.beta = phi_ratio, beta
+        self.scale_drop, self.scale_drop_from = scale_drop, scale_drop_from
+        self.entropy, self.entropy_temperature = entropy, entropy_temperature
         self.codebooks = nn.ModuleList([codebook])
         for _ in range(num_scales - 1 if per_scale else 0):
             self.codebooks.append(copy.deepcopy(codebook))
@@ -87,14 +133,13 @@ class MultiScaleQuantizer(nn.Module):
         )
         self.phi_of_scale = assign_phis(num_scales, num_phi)
         self.register_buffer("started", torch.tensor(False))
-        self._register_resizes()
+        self.resize = Resize(self.schedule)
 
     # -- the equation ---------------------------------------------------------------------
 
     def nearest(self, z: Tensor, k: int) -> Tensor:
         """Codes of the vectors of scale k: (B, D, h_k, w_k) -> (B, h_k * w_k) int64."""
-        vectors = z.permute(0, 2, 3, 1).reshape(-1, self.code_dim)  # (B h_k w_k, D)
-        return self.codebook(k).nearest(vectors).view(len(z), -1)
+        return self.codebook(k).nearest(_vectors(z)).view(len(z), -1)
 
     def upsample_codes(self, indices: Tensor, k: int) -> Tensor:
         """What the codes of scale k add to f_hat: (B, h_k * w_k) -> (B, D, H, W)."""
@@ -102,7 +147,7 @@ class MultiScaleQuantizer(nn.Module):
         with torch.autocast(indices.device.type, enabled=False):
             codes = self.codebook(k).lookup(indices)  # (B, h_k w_k, D)
             codes = codes.transpose(1, 2).unflatten(2, (h, w))  # (B, D, h_k, w_k)
-            return self.phi(self._resize(codes, "up", k), k)  # (B, D, H, W)
+            return self.phi(self.resize.up(codes, k), k)  # (B, D, H, W)
 
     # -- everything else is told in terms of it -------------------------------------------
 
@@ -115,17 +160,21 @@ class MultiScaleQuantizer(nn.Module):
         if self.training and not self.started:
             self._start(f.detach())
         keep = self._scales_to_keep()
-        indices, seen, loss, f_hat, output = [], [], f.new_zeros(()), 0.0, None
-        for k, (idx, z, h) in enumerate(self._residual_steps(f)):
-            f_hat = f_hat + h  # (B, D, H, W)
+        with_entropy = self.training and self.entropy > 0  # the one that pulls at the vectors
+        steps, loss, f_hat, output = [], f.new_zeros(()), 0.0, None
+        for k, step in enumerate(self._residual_steps(f if with_entropy else f.detach())):
+            f_hat = f_hat + step.part  # (B, D, H, W)
             commitment = F.mse_loss(f, f_hat.detach())
             loss = loss + self.beta * commitment + F.mse_loss(f_hat, f.detach())
-            indices.append(idx)
-            seen.append(z)
+            if with_entropy:
+                each, mean = self.codebook(k).entropy(_vectors(step.z), self.entropy_temperature)
+                loss = loss + self.entropy * (each - mean)
+            steps.append(step)
             if k + 1 == keep:
                 output = f_hat
+        indices = [step.nearest for step in steps]
         if self.training:
-            self._update(seen, indices)
+            self._update([step.z.detach() for step in steps], indices)
         output = f + (output - f).detach()  # straight-through
         return Quantized(output, indices, loss / self.schedule.num_scales)
 
@@ -133,7 +182,30 @@ class MultiScaleQuantizer(nn.Module):
     def encode(self, f: Tensor) -> list[Tensor]:
         """Features (B, D, H, W) -> K tensors of codes (B, h_k * w_k)."""
         with torch.autocast(f.device.type, enabled=False):
-            return [indices for indices, _, _ in self._residual_steps(f.float())]
+            return [step.nearest for step in self._residual_steps(f.float())]
+
+    @torch.no_grad()
+    def encode_corrupted(self, f: Tensor, share: float) -> Corrupted:
+        """Encode with mistakes at each scale, which the finer scales correct.
+
+        For training a transformer on what it meets in sampling, where its own coarse codes are
+        not always right (bitwise self-correction, Infinity, arXiv 2412.04431): it reads
+        `teacher_forcing_input(seen)` and predicts `targets`. Draws come from torch's
+        global generator of f's device.
+
+        Args:
+            f: features (B, D, H, W).
+            share: probability, in [0, 1], that a code is replaced by one drawn uniformly from
+                all V, the same one included. At 0 both lists are those of `encode`.
+
+        Raises:
+            ValueError: a share outside its range.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"quantizer: share must be in [0, 1], got {share} (share=...)")
+        with torch.autocast(f.device.type, enabled=False):
+            steps = list(self._residual_steps(f.float(), share))
+        return Corrupted([step.nearest for step in steps], [step.used for step in steps])
 
     def partial_sums(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
         """f_hat (B, D, H, W) after each of the given scales, which start at the coarsest."""
@@ -146,7 +218,7 @@ class MultiScaleQuantizer(nn.Module):
     def next_input(self, f_hat: Tensor, k: int) -> Tensor:
         """What the transformer reads to predict scale k: (B, D, H, W) -> (B, h_k * w_k, D)."""
         with torch.autocast(f_hat.device.type, enabled=False):
-            return self._resize(f_hat, "down", k).flatten(2).transpose(1, 2)
+            return self.resize.down(f_hat, k).flatten(2).transpose(1, 2)
 
     def teacher_forcing_input(self, indices: Sequence[Tensor]) -> Tensor:
         """Transformer inputs of every scale after the first that the given codes determine.
@@ -167,28 +239,31 @@ class MultiScaleQuantizer(nn.Module):
 
     # -- parts ----------------------------------------------------------------------------
 
-    def codebook(self, k: int) -> Codebook:
+    def codebook(self, k: int) -> BaseCodebook:
         return self.codebooks[k if len(self.codebooks) > 1 else 0]
 
     def phi(self, h: Tensor, k: int) -> Tensor:
         conv = self.phis[self.phi_of_scale[k]]
         return (1 - self.phi_ratio) * h + self.phi_ratio * conv(h)
 
-    def _residual_steps(self, f: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For each scale its codes, the vectors that chose them, and its part of f_hat."""
-        residual = f.detach()
+    def _residual_steps(self, f: Tensor, corrupt: float = 0.0) -> Iterator[Step]:
+        """Scale by scale, with a share of the codes replaced; z has the gradient of f alone."""
+        residual = f
         for k in range(self.schedule.num_scales):
-            z = self._resize(residual, "down", k)  # (B, D, h_k, w_k)
-            indices = self.nearest(z, k)
-            h = self.upsample_codes(indices, k)  # (B, D, H, W)
-            residual = residual - h.detach()
-            yield indices, z, h
+            z = self.resize.down(residual, k)  # (B, D, h_k, w_k)
+            nearest = used = self.nearest(z, k)
+            if corrupt > 0:
+                replaced = torch.rand(nearest.shape, device=f.device) < corrupt
+                used = torch.where(replaced, torch.randint_like(nearest, self.vocab_size), nearest)
+            part = self.upsample_codes(used, k)  # (B, D, H, W)
+            residual = residual - part.detach()
+            yield Step(nearest, used, z, part)
 
     def _scales_to_keep(self) -> int:
-        num_scales = self.schedule.num_scales
-        may_drop = self.training and self.scale_drop > 0 and num_scales > 1
+        num_scales, first = self.schedule.num_scales, self.scale_drop_from
+        may_drop = self.training and self.scale_drop > 0 and first < num_scales
         if may_drop and torch.rand(()) < self.scale_drop:
-            return int(torch.randint(1, num_scales, ()))
+            return int(torch.randint(first, num_scales, ()))
         return num_scales
 
     def _start(self, f: Tensor) -> None:
@@ -196,7 +271,7 @@ class MultiScaleQuantizer(nn.Module):
         zs = []
         residual = f
         for k in range(self.schedule.num_scales):
-            z = self._resize(residual, "down", k)
+            z = self.resize.down(residual, k)
             zs.append(z)
             if len(self.codebooks) > 1:
                 self.codebook(k).start(_vectors(z))
@@ -213,54 +288,6 @@ class MultiScaleQuantizer(nn.Module):
             vectors = torch.cat([_vectors(z) for z in zs])
             self.codebook(0).update(vectors, torch.cat([i.flatten() for i in indices]))
 
-    def _register_resizes(self) -> None:
-        latent = self.schedule.latent_size
-        for k, size in enumerate(self.schedule.sizes):
-            for axis in range(2):
-                down, up = (
-                    area_matrix(latent[axis], size[axis]),
-                    bicubic_matrix(size[axis], latent[axis]),
-                )
-                self.register_buffer(f"down_{k}_{axis}", down, persistent=False)
-                self.register_buffer(f"up_{k}_{axis}", up, persistent=False)
-
-    def _resize(self, x: Tensor, direction: str, k: int) -> Tensor:
-        if self.schedule.sizes[k] == self.schedule.latent_size:
-            return x
-        rows = getattr(self, f"{direction}_{k}_0")  # (out_h, in_h)
-        columns = getattr(self, f"{direction}_{k}_1")  # (out_w, in_w)
-        return rows @ x @ columns.T
-
 
 def _vectors(z: Tensor) -> Tensor:
     return z.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, D)
-
-
-def area_matrix(source: int, target: int) -> Tensor:
-    """PyTorch's area resize of one axis as a matrix (target, source)."""
-    eye = torch.eye(source, dtype=torch.float64).unsqueeze(0)
-    return F.adaptive_avg_pool1d(eye, target)[0].T.contiguous().float()
-
-
-def bicubic_matrix(source: int, target: int) -> Tensor:
-    """PyTorch's bicubic resize of one axis (a = -0.75, half-pixel) as a matrix (target, source).
-
-    A matrix product has a deterministic backward on every device; `interpolate` has not.
-    """
-    eye = torch.eye(source, dtype=torch.float64).view(1, source, source, 1)
-    up = F.interpolate(eye, size=(target, 1), mode="bicubic", align_corners=False)
-    return up[0, :, :, 0].T.contiguous().float()
-
-
-def assign_phis(num_scales: int, num_phi: int) -> list[int]:
-    """Which phi serves each scale, as the published code assigns them.
-
-    The nearest of evenly spaced ticks in [0, 1], in float64 on purpose: its rounding decides
-    the ties at 5 and 10 scales, and the published weights were trained with that decision.
-    """
-    if num_phi == num_scales:
-        return list(range(num_scales))
-    margin = 1 / (3 * num_phi) if num_phi == 4 else 1 / (2 * num_phi)
-    ticks = np.linspace(margin, 1 - margin, num_phi)
-    places = [k / max(num_scales - 1, 1) for k in range(num_scales)]
-    return [int(np.argmin(np.abs(ticks - place))) for place in places]

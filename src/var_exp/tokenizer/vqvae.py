@@ -111,7 +111,7 @@ class VQVAE(nn.Module):
     def fingerprint(self) -> str:
         """16 hex digits that change with any weight, the schedule, or the rule of quantizing."""
         quantizer = self.quantizer
-        rule = (self.schedule.patch_nums, quantizer.codebook(0).cosine, quantizer.phi_ratio)
+        rule = (self.schedule.patch_nums, quantizer.codebook(0).rule, quantizer.phi_ratio)
         digest = hashlib.sha256(repr(rule).encode())
         for name, parameter in sorted(self.named_parameters()):
             digest.update(name.encode())
