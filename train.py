@@ -33,9 +33,9 @@ from var_exp.sampling import check_settings
 from var_exp.scales import ScaleSchedule
 from var_exp.sources import read_tokenizer
 from var_exp.tokenizer import VQVAE
-from var_exp.training.fit import check_stage, fit_stage
+from var_exp.training.fit import check_precision, check_stage, fit_stage
 from var_exp.training.stage import StageModule
-from var_exp.transfer import start_from
+from var_exp.transfer import warm_start_from
 from var_exp.transformer import VAR
 
 
@@ -92,6 +92,7 @@ def check_choices(cfg: DictConfig) -> None:
             f"objective: expected a metric of one of the stages {list(cfg.stages)}, such as "
             f"{cfg.stages[-1]}/loss, got {cfg.objective!r}"
         )
+    check_precision(cfg.trainer.precision)
     check_settings(**cfg.sampling, seed=cfg.seed)
 
 
@@ -99,7 +100,12 @@ def course(cfg: DictConfig, stage: str, source: ImageSource) -> dict[str, Any]:
     """What decides a stage's batches, and whether it goes on: arguments of `fit_stage`."""
     model = cfg.model[stage]
     num_batches = model.num_batches
-    if model.epochs:
+    if (num_batches is None) == (model.epochs is None):
+        raise ValueError(
+            f"model.{stage}: expected num_batches or epochs, the other one null, got "
+            f"{num_batches} and {model.epochs} (model.{stage}.num_batches, model.{stage}.epochs)"
+        )
+    if num_batches is None:
         num_batches = math.ceil(model.epochs * math.ceil(len(source.train) / model.batch_size))
     return {
         "batch_size": model.batch_size,
@@ -128,7 +134,7 @@ def make_tokenizer(cfg: DictConfig, source: ImageSource, run_dir: Path) -> VQVAE
             decoder={"out_channels": source.channels},
             _convert_="all",
         )
-        start_from(cfg.init_from, tokenizer, cfg.stages)
+        warm_start_from(cfg.init_from, tokenizer, cfg.stages)
     else:
         own = run_dir if (run_dir / "tokenizer").is_dir() else None
         places = {"tokenizer_ckpt": cfg.tokenizer_ckpt, "run_dir": own, "init_from": cfg.init_from}
@@ -173,7 +179,7 @@ def make_transformer(cfg: DictConfig, source: ImageSource, tokenizer: VQVAE) -> 
         num_classes=source.num_classes,
         _convert_="all",
     )
-    start_from(cfg.init_from, transformer, cfg.stages)
+    warm_start_from(cfg.init_from, transformer, cfg.stages)
     return transformer
 
 

@@ -16,7 +16,7 @@ from var_exp.tokenizer.adversary import (
     non_saturating_generator,
 )
 
-KEY = "model.tokenizer.module.adversary"
+KEY = "adversary"
 
 
 def discriminator() -> nn.Module:

@@ -158,7 +158,7 @@ def test_every_way_to_optimise_a_stage_makes_its_module(name):
     module = build_networks(cfg)[stage_of(name)]
     model = cfg.model[stage_of(name)]
     assert module.stage == stage_of(name)
-    assert min(model.batch_size, model.num_batches, model.val_every) >= 1
+    assert min(model.batch_size, model.num_batches or model.epochs, model.val_every) >= 1
     module.make_optimizer([nn.Parameter(torch.zeros(2))])
     assert all(0 <= module.schedule(progress) <= 1 for progress in (0.0, 0.01, 0.5, 0.999))
 
@@ -306,9 +306,13 @@ def test_the_expected_loss_is_the_one_of_the_papers_scaling_law(name):
 
 
 def test_epochs_are_counted_in_whole_batches():
-    cfg = composed("train", "model.var.epochs=3", "model.var.batch_size=500")
+    in_epochs = ["model.var.epochs=3", "model.var.batch_size=500"]
+    cfg = composed("train", *in_epochs, "model.var.num_batches=null")
     source = source_of(cfg)
     source.setup()
+    for both_or_none in (in_epochs, ["model.var.num_batches=null"]):
+        with pytest.raises(ValueError, match="expected num_batches or epochs, the other one null"):
+            train.course(composed("train", *both_or_none), "var", source)
     assert train.course(cfg, "var", source)["num_batches"] == 9  # 1,437 images are three batches
     assert train.course(cfg, "tokenizer", source)["num_batches"] == 1200
 

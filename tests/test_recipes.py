@@ -149,6 +149,23 @@ def test_missing_weights_of_others_are_told_before_training_and_nothing_is_writt
     assert not (tmp_path / "run").exists() and not (tmp_path / "latest").exists()
 
 
+def test_a_precision_that_harms_is_refused_and_nothing_is_written(tmp_path):
+    done = run("train", "trainer.precision=16-mixed", *QUICK, *places(tmp_path))
+    assert done.code == 1 and "trainer.precision" in done.errors[0]
+    assert not (tmp_path / "run").exists() and not (tmp_path / "latest").exists()
+
+
+def test_a_handful_of_images_is_enough(tmp_path):
+    """One is left to validate on, and of one there is no FID."""
+    folder = write_images(tmp_path / "images", classes=1, count=6) / "train" / "n00000000"
+    options = ["data=image_folder", f"data.root={folder}", "data.image_size=32", "name=few"]
+    options += ["scales.patch_nums=[1,2,4]", "tokenizer.quantizer.codebook.vocab_size=16"]
+    done = run("train", *options, *QUICK, "datamodule.num_workers=0", *places(tmp_path))
+    assert done.code == 0, done.err
+    found = figures(tmp_path / "run")
+    assert "tokenizer/psnr" in found and not [name for name in found if "rfid" in name]
+
+
 def test_a_progressive_plan_that_never_reaches_the_last_scale_is_refused(tmp_path):
     plan = "model.var.module.progressive={_target_:var_exp.training.progressive.ProgressiveScales,"
     done = run("train", plan + "first:1,until:0.99}", *QUICK, *places(tmp_path))
@@ -171,5 +188,5 @@ def test_every_option_of_the_transformers_training_is_one_override(tmp_path):
     done = run("train", *options, *QUICK, *places(tmp_path))
     assert done.code == 0, done.err
     found = figures(tmp_path / "run")
-    assert found["var/reducible_loss"] == pytest.approx(found["var/loss"] - 5)
+    assert found["var/reducible_loss"] == pytest.approx(found["var/loss"] - 5, abs=1e-5)
     assert "(expected 4 to 5)" in done.out

@@ -162,6 +162,8 @@ def test_raw_or_averaged_weights_are_what_is_evaluated_and_handed_on(stage, digi
     for choice, module in (("averaged", averaged), ("raw", raw)):
         kept = load_networks(tmp_path / choice / stage / "best.ckpt", weights=choice)
         ours = getattr(kept, name).state_dict()
+        handed_on = getattr(load_networks(tmp_path / choice / stage / "best.ckpt"), name)
+        assert_equal(ours, handed_on.state_dict())  # without being asked for
         assert_equal(ours, {k: v.cpu() for k, v in module.network.state_dict().items()})
     assert_equal(weights(tmp_path / "averaged", stage), weights(tmp_path / "raw", stage))
 
@@ -179,7 +181,7 @@ def test_the_average_is_the_mean_of_all_weights_until_its_window_is_full(digits,
     assert torch.allclose(module.averaged_transformer.position, mean, atol=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true", "64-true"])
 def test_precisions_in_which_codes_or_losses_suffer_are_refused(precision, digits, tmp_path):
     with pytest.raises(ValueError, match="trainer.precision"):
         run("var", digits, tmp_path, trainer={"precision": precision})
@@ -188,7 +190,7 @@ def test_precisions_in_which_codes_or_losses_suffer_are_refused(precision, digit
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"weights": "best"}, "weights must be one of averaged, raw"),
+        ({"weights": "best"}, "weights: expected averaged, raw"),
         ({"micro_batch": 0}, "micro_batch"),
         ({"max_skipped": 0}, "max_skipped"),
         ({"weight_decay": -0.1}, "weight_decay"),

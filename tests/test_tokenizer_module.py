@@ -157,6 +157,16 @@ def test_freezing_what_makes_no_sense_is_refused(changes, named):
         make_module("tokenizer", **changes)
 
 
+def test_images_that_a_network_is_too_deep_for_are_refused_before_training():
+    deep = Adversary(PatchGAN(width=8, num_layers=3))
+    with pytest.raises(ValueError, match="PatchGAN takes images of at least 24 pixels .*num_layers"):
+        make_module("tokenizer", adversary=deep)
+    perceptual = torch.nn.Identity()
+    perceptual.smallest_side = 32
+    with pytest.raises(ValueError, match="Identity takes images of at least 32 .*loss.lpips=0"):
+        make_module("tokenizer", loss=ReconstructionLoss(lpips=1.0, perceptual=perceptual))
+
+
 def test_the_perceptual_network_is_reported_and_stays_out_of_the_checkpoint(digits, tmp_path):
     class Distance(torch.nn.Module):
         def forward(self, a, b):

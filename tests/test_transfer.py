@@ -24,7 +24,7 @@ from tiny import SCALES, stir, tiny_quantizer, tiny_tokenizer, tiny_transformer
 from var_exp.checkpoint import load_networks
 from var_exp.pipeline import VARPipeline
 from var_exp.tokenizer.resize import bicubic_matrix
-from var_exp.transfer import start_from, warm_start, warm_start_tokenizer
+from var_exp.transfer import warm_start, warm_start_tokenizer
 
 MANIFESTS = json.loads((GOLDEN / "released_checkpoints.json").read_text())
 FITTED = ("class_embedding", "level_embedding", "position", "start_position")
@@ -289,7 +289,7 @@ def test_the_configured_networks_are_those_of_the_released_files(released, chose
 def test_a_path_starts_the_network_that_it_holds_and_says_so(published, capsys):
     network = tiny_transformer([1, 2], vocab_size=64, code_dim=8, width=128)
     path = published / "var_d16.pth"
-    start_from(path, network, ["var"])
+    warm_start_from(path, network, ["var"])
     assert capsys.readouterr().out == f"init_from: the transformer starts from {path}\n"
     source = load_transformer(transformer_state())
     assert torch.equal(network.head.linear.weight, source.head.linear.weight)
@@ -298,14 +298,14 @@ def test_a_path_starts_the_network_that_it_holds_and_says_so(published, capsys):
 def test_a_network_that_the_path_lacks_stays_as_it_is_if_the_other_is_there(published, capsys):
     network = tiny_transformer()
     before = copy_of(network.state_dict())
-    start_from(None, network, ["var"])
-    start_from(published / "vae_ch160v4096z32.pth", network, ["tokenizer", "var"])
+    warm_start_from(None, network, ["var"])
+    warm_start_from(published / "vae_ch160v4096z32.pth", network, ["tokenizer", "var"])
     assert_equal(network.state_dict(), before)
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="expected a transformer.* with a tokenizer only"):
-        start_from(published / "vae_ch160v4096z32.pth", network, ["var"])
+        warm_start_from(published / "vae_ch160v4096z32.pth", network, ["var"])
     with pytest.raises(ValueError, match="expected a tokenizer.* with a transformer only"):
-        start_from(published / "var_d16.pth", tiny_tokenizer(), ["tokenizer"])
+        warm_start_from(published / "var_d16.pth", tiny_tokenizer(), ["tokenizer"])
 
 
 # -- the program --------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from stages import NUM_BATCHES, PATCH_NUMS, make_module, run
 from var_exp.data import Batch
-from var_exp.training.progressive import ProgressiveScales, Stage
+from var_exp.training.progressive import ProgressiveScales, ScalesInTraining
 from var_exp.training.scaling_law import LAST_SCALE, MEAN, against_law
 
 NUM_TOKENS = [1, 4, 64]
@@ -21,7 +21,7 @@ def batch(digits):
 
 def module_of(**changes):
     module = make_module("var", dropout=0.0, label_drop=0.0, scale_drop=0.0, **changes)
-    module.scales = Stage(len(PATCH_NUMS), 1.0)
+    module.scales = ScalesInTraining(len(PATCH_NUMS), 1.0)
     return module.train()
 
 
@@ -60,7 +60,7 @@ def test_label_smoothing_spreads_its_share_over_all_codes(batch):
 def test_a_progressive_stage_trains_the_first_scales_alone(batch):
     module = module_of(progressive=ProgressiveScales(first=1))
     logits, targets = logits_and_targets(module, batch)
-    module.scales = Stage(2, 0.25)  # the second scale has just come in
+    module.scales = ScalesInTraining(2, 0.25)  # the second scale has just come in
     losses = [
         F.cross_entropy(a.flatten(0, 1), b.flatten(), reduction="sum") / len(batch.images)
         for a, b in zip(logits.split(NUM_TOKENS, 1), targets.split(NUM_TOKENS, 1), strict=True)
@@ -154,6 +154,10 @@ def test_codes_are_read_in_full_precision_also_under_bf16(batch):
         ({"corrupt": 2.0}, "corrupt"),
         ({"scale_weights": [1, 2]}, "scale_weights must be 3 numbers"),
         ({"scale_weights": [0, 0, 0]}, "scale_weights"),
+        (
+            {"scale_weights": [0, 0, 1], "progressive": ProgressiveScales(first=2)},
+            "leave nothing to train while the first 2 scales are alone",
+        ),
     ],
     ids=str,
 )

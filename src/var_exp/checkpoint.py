@@ -18,7 +18,7 @@ from var_exp.spec import build
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
 
-FORMAT = 2
+FORMAT = 3
 KEY = "var_exp"
 
 
@@ -33,8 +33,14 @@ class Networks(NamedTuple):
     info: dict[str, Any]
 
 
-def describe(stage: str, networks: dict[str, nn.Module], class_names: list[str]) -> dict:
-    """The plain data that a checkpoint carries about its networks."""
+def describe(
+    stage: str, networks: dict[str, nn.Module], class_names: list[str], weights: str = "averaged"
+) -> dict:
+    """The plain data that a checkpoint carries about its networks.
+
+    Args:
+        weights: which of them the run validates and hands on, "averaged" or "raw".
+    """
     tokenizer = networks["tokenizer"]
     return {
         "format": FORMAT,
@@ -43,6 +49,7 @@ def describe(stage: str, networks: dict[str, nn.Module], class_names: list[str])
         "patch_nums": tokenizer.schedule.patch_nums,
         "tokenizer_fingerprint": tokenizer.fingerprint(),
         "class_names": class_names,
+        "weights": weights,
     }
 
 
@@ -89,19 +96,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def check_weights(weights: str) -> None:
+def check_weights(weights: str | None) -> None:
     """Raise ValueError unless these are weights that `load_networks` can be asked for."""
-    if weights not in ("averaged", "raw"):
-        raise ValueError(f"weights: expected 'averaged' or 'raw', got {weights!r}")
+    if weights not in (None, "averaged", "raw"):
+        raise ValueError(f"weights: expected averaged, raw or null, got {weights!r} (weights)")
 
 
-def load_networks(path: str | Path, weights: str = "averaged") -> Networks:
+def load_networks(path: str | Path, weights: str | None = None) -> Networks:
     """Build and fill the networks of a checkpoint, in evaluation mode, on the CPU.
 
     Args:
         path: a checkpoint file, or a run folder.
-        weights: "averaged" takes the moving average where the run kept one; "raw" the weights
-            themselves.
+        weights: "averaged" takes the moving average where the run kept one, "raw" the weights
+            themselves, None what the run was told to hand on.
 
     Raises:
         ValueError: see `find_checkpoint` and `read_checkpoint`; an unknown `weights`; or
@@ -111,7 +118,8 @@ def load_networks(path: str | Path, weights: str = "averaged") -> Networks:
     path = find_checkpoint(path)
     content = read_checkpoint(path)
     try:
-        return _build_networks(content[KEY], content["state_dict"], weights)
+        chosen = weights or content[KEY]["weights"]
+        return _build_networks(content[KEY], content["state_dict"], chosen)
     except (AttributeError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
         raise ValueError(

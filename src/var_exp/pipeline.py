@@ -149,11 +149,11 @@ class VARPipeline:
         return cls(**networks, class_names=config.get("class_names", ()))
 
     @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike, weights: str = "averaged") -> "VARPipeline":
+    def from_checkpoint(cls, path: str | os.PathLike, weights: str | None = None) -> "VARPipeline":
         """The networks of a run folder or checkpoint that `train.py` wrote, on the CPU.
 
         Args:
-            weights: "averaged" or "raw", as in `load_networks`.
+            weights: "averaged", "raw" or None, as in `load_networks`.
 
         Raises:
             ValueError: as `load_networks`, or the checkpoint has no transformer yet.

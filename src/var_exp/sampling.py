@@ -91,7 +91,7 @@ def generate(
     with evaluating(transformer, tokenizer):
         for k, logits in guided_logits(transformer, tokenizer, labels, cfg_scale, indices):
             kept = keep_likeliest(logits / temperature, top_k, top_p)  # (B, n_k, V)
-            u = uniforms[:, transformer.schedule.slices[k]].to(kept.device)  # (B, n_k)
+            u = uniforms[:, transformer.schedule.slices[k]].to(kept.device, kept.dtype)  # (B, n_k)
             indices.append(draw(kept, u))
         images = decode_by_rows(tokenizer, indices).add(1).div(2)
     return Samples(images, indices) if return_indices else images

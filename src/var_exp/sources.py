@@ -36,7 +36,7 @@ class Found(NamedTuple):
 
 def read_networks(
     path: str | os.PathLike,
-    weights: str = "averaged",
+    weights: str | None = None,
     *,
     patch_nums: Sequence[Side] | None = None,
     stages: Sequence[str] = ("var", "tokenizer"),
@@ -45,7 +45,8 @@ def read_networks(
     """Read the networks of a path, whatever holds them, in evaluation mode, on the CPU.
 
     Args:
-        weights: "averaged" or "raw", where a checkpoint of ours has both.
+        weights: "averaged" or "raw", where a checkpoint of ours has both; None takes those that
+            its run was told to hand on.
         patch_nums: the schedule of a published tokenizer, whose file says none.
         stages: of a run folder, in the order in which their checkpoints are looked for.
         key: what the path is called in the configuration.
@@ -63,7 +64,7 @@ def read_networks(
 
 
 def _read(
-    path: Path, weights: str, patch_nums: Sequence[Side] | None, stages: Sequence[str]
+    path: Path, weights: str | None, patch_nums: Sequence[Side] | None, stages: Sequence[str]
 ) -> Found:
     if not path.exists():
         raise ValueError(

@@ -37,7 +37,9 @@ KEYS = {
 }
 
 
-def start_from(path: str | os.PathLike | None, network: VAR | VQVAE, stages: Sequence[str]) -> None:
+def warm_start_from(
+    path: str | os.PathLike | None, network: VAR | VQVAE, stages: Sequence[str]
+) -> None:
     """Give a new network the weights that a path holds for it, and say so; None holds none.
 
     Args:

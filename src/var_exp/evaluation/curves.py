@@ -51,11 +51,13 @@ def _panel(
     history: Mapping[str, Curve],
     bands: Mapping[str, Band],
 ) -> None:
+    shown = []
     for pattern in patterns:
         names = [name for name in history if fnmatch(name, pattern)]
         alone = pattern in names
         for i, name in enumerate(names):
             shade = colormaps["viridis_r"](0.15 + 0.8 * i / max(len(names) - 1, 1))
+            what = name.removeprefix("val/")
             batches, values = zip(*history[name], strict=True)
             axes.plot(
                 batches,
@@ -64,11 +66,11 @@ def _panel(
                 linewidth=2.2 if alone else 1.2,
                 marker="o",
                 markersize=3,
-                label=name.removeprefix("val/"),
+                label=what if alone else what[what.find("scale_") :].replace("_", " "),
             )
-    shown = {line.get_label() for line in axes.get_lines()}
+        shown += names
     for name, (low, high) in bands.items():
-        if name.removeprefix("val/") in shown:
+        if name in shown:
             label = f"{name.removeprefix('val/')} expected"
             axes.axhspan(low, high, color="#e8b84a", alpha=0.3, label=label)
     axes.set_title(title)

@@ -89,7 +89,7 @@ class Evaluator:
         labels = self.labels(num_samples)
         ids = list(range(*_share(num_samples)))
         hits = Hits(self.judge, _device(tokenizer))
-        drawn = self._draw(transformer, tokenizer, [labels[i] for i in ids], ids) if ids else ()
+        drawn = self._draw(transformer, tokenizer, [labels[i] for i in ids], ids)
         total = math.ceil(len(ids) / self.batch_size)
         for chosen, samples in tqdm(drawn, "scoring samples", total, leave=False, disable=None):
             self.fidelity.update_fake(samples.images, torch.tensor(chosen))
@@ -110,13 +110,15 @@ class Evaluator:
         fidelity = Fidelity(self.network).to(_device(tokenizer))
         real, rebuilt = (Hits(self.judge, _device(tokenizer)) for _ in range(2))
         for images, labels in _batches(self.source, self.source.val, self.batch_size, num_images):
-            decoded, originals = _rebuild(tokenizer, images)[-1], images.add(1).div(2)
+            decoded, originals = _rebuild(tokenizer, images), images.add(1).div(2)
             fidelity.update_real(originals)
             fidelity.update_fake(decoded)
             real.add(originals, labels)
             rebuilt.add(decoded, labels)
-        name = "_".join(filter(None, ("rfid", self.network.name, self.source.crop)))
-        scores = {name: fidelity.compute()[f"fid_{self.network.name}"]}
+        scores = {}
+        if len(self.source.val) > 1 and num_images != 1:  # of one image there is no distance
+            name = "_".join(filter(None, ("rfid", self.network.name, self.source.crop)))
+            scores[name] = fidelity.compute()[f"fid_{self.network.name}"]
         return scores | real.share("class_accuracy_real") | rebuilt.share("class_accuracy")
 
     # -- at the end of a stage ------------------------------------------------------------
@@ -156,7 +158,7 @@ class Evaluator:
     def reconstruction_picture(self, tokenizer: VQVAE, num_images: int) -> np.ndarray:
         """The first validation images, and what each scale makes of them: uint8 (H, W, 3)."""
         images, _ = _load(self.source, self.source.val, range(num_images))
-        rebuilt = _rebuild(tokenizer, images)
+        rebuilt = _rebuild(tokenizer, images, per_scale=True)
         return reconstructions(images.add(1).div(2), rebuilt, tokenizer.schedule.sizes)
 
     # -- parts ----------------------------------------------------------------------------
@@ -211,8 +213,18 @@ def _is_first() -> bool:
 
 
 def _share(count: int) -> tuple[int, int, int]:
-    """(start, stop, step) of this process's part of `count` things."""
-    return (dist.get_rank(), count, dist.get_world_size()) if _is_distributed() else (0, count, 1)
+    """(start, stop, step) of this process's part of `count` images.
+
+    Raises:
+        ValueError: fewer images than processes: one without any could not take part.
+    """
+    rank, size = (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
+    if count < size:
+        raise ValueError(
+            f"evaluation: expected at least one image for each of {size} processes, got {count} "
+            f"(evaluation.num_samples, evaluation.num_samples_val, or more validation images)"
+        )
+    return rank, count, size
 
 
 def _device(network: VQVAE) -> torch.device:
@@ -239,7 +251,9 @@ def _load(source: Any, dataset: Any, chosen: Iterable[int]) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def _rebuild(tokenizer: VQVAE, images: Tensor) -> list[Tensor]:
-    """Reconstructions after each scale, in [0, 1], on the CPU."""
+def _rebuild(tokenizer: VQVAE, images: Tensor, per_scale: bool = False) -> Tensor | list[Tensor]:
+    """Reconstructions in [0, 1], on the CPU; with `per_scale` those after each scale."""
     indices = tokenizer.encode(images.to(_device(tokenizer)))
-    return [x.add(1).div(2).cpu() for x in tokenizer.decode(indices, per_scale=True)]
+    if per_scale:
+        return [x.add(1).div(2).cpu() for x in tokenizer.decode(indices, per_scale=True)]
+    return tokenizer.decode(indices).add(1).div(2).cpu()

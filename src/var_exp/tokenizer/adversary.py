@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KEY = "model.tokenizer.module.adversary"
+KEY = "adversary"
 EPS = 1e-6  # of equation 7 of VQGAN, with delta in its place
 LECAM_DECAY = 0.99
 

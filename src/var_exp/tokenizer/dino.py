@@ -19,7 +19,7 @@ from torchvision.models import VisionTransformer
 from var_exp.tokenizer.frozen import Published, State, as_rgb, fill
 from var_exp.tokenizer.resize import area_matrix, bicubic_matrix
 
-KEY = "model.tokenizer.module.adversary.discriminator"
+KEY = "adversary.discriminator"
 
 DINO = Published(
     part="discriminator",

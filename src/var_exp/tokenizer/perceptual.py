@@ -50,6 +50,7 @@ class LPIPS(nn.Module):
     def __init__(self, weights: str | None = None):
         super().__init__()
         features = load(VGG16, weights, assemble_features)
+        self.smallest_side = SMALLEST_SIDE
         self.network = Frozen(Distance(features, published_channel_weights()))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:

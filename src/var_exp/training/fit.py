@@ -27,7 +27,7 @@ UNFIT_ADVICE = (
     "your dataloader is not resumable",  # its batches are a function of their number
 )
 
-PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+PRECISIONS = ("32-true", "bf16-mixed")
 
 
 class Fitted(NamedTuple):
@@ -92,7 +92,7 @@ def fit_stage(
                 LastCheckpoint(folder),
             ],
         )
-        check_precision(runner)
+        check_precision(runner.precision)
         if earlier is not None and progress_in(earlier)["batch"] == num_batches:
             seconds = progress_in(earlier)["seconds"]  # nothing is left to train
         else:
@@ -149,12 +149,12 @@ def check_stage(
     return earlier
 
 
-def check_precision(trainer: L.Trainer) -> None:
+def check_precision(precision: str) -> None:
     """Raise ValueError for a precision in which quantizer, logits or losses would suffer."""
-    if trainer.precision not in PRECISIONS:
+    if precision not in PRECISIONS:
         raise ValueError(
             f"trainer: precision must be one of {', '.join(PRECISIONS)}, got "
-            f"{trainer.precision!r}; float16 would need its gradients scaled (trainer.precision)"
+            f"{precision!r}; float16 would need its gradients scaled (trainer.precision)"
         )
 
 

@@ -9,7 +9,7 @@ arXiv 2404.02905; the published models were trained without.)
 from typing import NamedTuple
 
 
-class Stage(NamedTuple):
+class ScalesInTraining(NamedTuple):
     """num_scales: scales in training. weight: of the newest of them, in [0, 1]."""
 
     num_scales: int
@@ -54,10 +54,10 @@ class ProgressiveScales:
                 f"{self.until} or train longer (model.var.module.progressive.until)"
             )
 
-    def __call__(self, progress: float, num_scales: int) -> Stage:
+    def __call__(self, progress: float, num_scales: int) -> ScalesInTraining:
         to_come = num_scales - self.first
         added = min(int(progress / self.until * to_come + 1e-9), to_come)
         if added == 0 or self.ramp == 0:
-            return Stage(self.first + added, 1.0)
+            return ScalesInTraining(self.first + added, 1.0)
         since = progress - added * self.until / to_come
-        return Stage(self.first + added, min(max(since / self.ramp, 0.01), 1.0))
+        return ScalesInTraining(self.first + added, min(max(since / self.ramp, 0.01), 1.0))

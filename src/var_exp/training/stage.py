@@ -8,7 +8,7 @@ micro-batches that its gradient is summed over.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from var_exp.checkpoint import KEY, describe
+from var_exp.checkpoint import KEY, check_weights, describe
 from var_exp.data import Batch
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.training.average import averaged_copy, update_average
@@ -26,7 +26,6 @@ from var_exp.training.optim import WeightDecay, param_groups
 from var_exp.training.skipped import SkippedBatches
 
 MakeOptimizer = Callable[[list[dict]], Optimizer]
-WEIGHTS = ("averaged", "raw")
 
 
 class StageModule(L.LightningModule):
@@ -42,7 +41,8 @@ class StageModule(L.LightningModule):
         weights: "averaged" or "raw": which weights are validated, sampled from and handed on;
             the first falls back to the second where no average is kept.
         micro_batch: images that a device takes at once, the gradients of a batch being summed;
-            None takes its whole share of the batch.
+            None takes its whole share of the batch. Codebooks that follow features learn from
+            each micro-batch, and each draws its own dropout.
         max_skipped: batches in a row without a finite gradient that end the run.
 
     Raises:
@@ -68,11 +68,7 @@ class StageModule(L.LightningModule):
     ):
         super().__init__()
         self.automatic_optimization = False
-        if weights not in WEIGHTS:
-            raise ValueError(
-                f"model.{self.stage}: weights must be one of {', '.join(WEIGHTS)}, got "
-                f"{weights!r} (model.{self.stage}.module.weights)"
-            )
+        check_weights(weights)
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(
                 f"model.{self.stage}: micro_batch must be at least 1 or null, got {micro_batch} "
@@ -154,11 +150,9 @@ class StageModule(L.LightningModule):
         size = self.micro_batch or len(tensors[0])
         return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
 
-    @contextmanager
-    def turn(self, optimizer: LightningOptimizer, last: bool) -> Iterator[None]:
+    def turn(self, optimizer: LightningOptimizer, last: bool) -> AbstractContextManager:
         """Gradients for this optimizer's parameters alone; ranks meet at the last micro-batch."""
-        with optimizer.toggle_model(sync_grad=last):
-            yield
+        return optimizer.toggle_model(sync_grad=last)
 
     def step(self, optimizer: LightningOptimizer, name: str = "") -> bool:
         """Clip, step unless the gradient is not finite, forget the gradient; whether it stepped.
@@ -181,17 +175,20 @@ class StageModule(L.LightningModule):
         values = self.trainer.strategy.reduce(values, reduce_op="mean")
         return dict(zip(terms, values.unbind(), strict=True))
 
-    def conclude_batch(self, stepped: bool, loss: Tensor, batch: Batch) -> None:
-        """Called once after the steps of a batch: lead the average, count what was skipped.
-
-        Raises:
-            ValueError: too many batches in a row had to be skipped.
-        """
-        if stepped and self.average_decay > 0:
+    def update_average(self) -> None:
+        """Called after each step of the network."""
+        if self.average_decay > 0:
             # Until the window of the average is full it is the mean of all weights so far.
             decay = min(self.average_decay, self.batch / (self.batch + 1))
             averaged = getattr(self, f"averaged_{self.network_name}")
             update_average(averaged, self.network, decay)
+
+    def conclude_batch(self, stepped: bool, loss: Tensor, batch: Batch) -> None:
+        """Called once after the steps of a batch: count those that were skipped.
+
+        Raises:
+            ValueError: too many batches in a row had to be skipped.
+        """
         message = self.skipped.count(
             stepped, self.batch, loss, batch.indices, Path(self.trainer.default_root_dir)
         )
@@ -202,7 +199,7 @@ class StageModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         class_names = list(self.trainer.datamodule.source.class_names)
-        checkpoint[KEY] = describe(self.stage, self.networks(), class_names)
+        checkpoint[KEY] = describe(self.stage, self.networks(), class_names, self.weights)
         checkpoint["skipped_in_a_row"] = self.skipped.in_a_row
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -36,7 +36,8 @@ class TokenizerModule(StageModule):
         loss: of a reconstruction.
         adversary: a discriminator and its losses; None trains without.
         discriminator_optimizer: like `optimizer`, which serves both unless this is given.
-        freeze: parts that stay as they are: "encoder", "codebook" (with phi), "decoder".
+        freeze: parts that stay as they are: "encoder", "codebook" (with phi; also its dropout
+            and entropy are then off), "decoder".
         others: see `StageModule`.
 
     Raises:
@@ -62,6 +63,7 @@ class TokenizerModule(StageModule):
         super().__init__(optimizer, schedule, **others)
         self.tokenizer, self.loss, self.adversary = tokenizer, loss, adversary
         self.make_discriminator_optimizer = discriminator_optimizer or optimizer
+        check_size(tokenizer.image_size, adversary, loss)
         self.frozen = check_parts(freeze, adversary)
         for part in self.frozen:
             tokenizer.get_submodule(part).requires_grad_(False)
@@ -97,6 +99,8 @@ class TokenizerModule(StageModule):
         generator, *discriminator = as_list(self.optimizers())
         rebuilt, terms = self.descend_tokenizer(generator, parts)
         stepped = self.step(generator)
+        if stepped:
+            self.update_average()
         if self.factor > 0:
             terms |= self.descend_discriminator(*discriminator, parts, rebuilt)
             stepped &= self.step(*discriminator, name="discriminator_")
@@ -159,8 +163,9 @@ class TokenizerModule(StageModule):
 
     def validation_step(self, batch, batch_idx: int) -> None:
         tokenizer = self.evaluated
-        indices = tokenizer.encode(batch.images)
-        images = tokenizer.decode(indices)
+        with torch.autocast(self.device.type, enabled=False):  # as the codes are read later
+            indices = tokenizer.encode(batch.images)
+            images = tokenizer.decode(indices)
         for k, codes in enumerate(indices):
             self.code_counts[k] += torch.bincount(
                 codes.flatten(), minlength=self.code_counts.shape[1]
@@ -190,6 +195,23 @@ def add(sums: dict[str, Tensor], terms: dict[str, Tensor], share: float) -> None
         sums[name] = sums.get(name, 0.0) + value.detach() * share
 
 
+def check_size(
+    size: tuple[int, int], adversary: Adversary | None, loss: ReconstructionLoss
+) -> None:
+    """Raise ValueError for images that a network is too deep for, which would show late."""
+    discriminator = adversary and adversary.discriminator
+    for network, remedy in (
+        (discriminator, "lower adversary.discriminator.num_layers, or set adversary=none"),
+        (loss.perceptual, "set model.tokenizer.module.loss.lpips=0 and ...loss.perceptual=null"),
+    ):
+        smallest = getattr(network, "smallest_side", 1)
+        if min(size) < smallest:
+            raise ValueError(
+                f"model.tokenizer: {type(network).__name__} takes images of at least {smallest} "
+                f"pixels a side, got {size}; {remedy}"
+            )
+
+
 def check_parts(freeze: Sequence[str], adversary: Adversary | None) -> list[str]:
     """The submodules of a tokenizer that are frozen, by the names of its parts."""
     unknown = set(freeze) - set(PARTS)
@@ -201,7 +223,7 @@ def check_parts(freeze: Sequence[str], adversary: Adversary | None) -> list[str]
     if "decoder" in freeze and adversary is not None:
         raise ValueError(
             "model.tokenizer: a frozen decoder has nothing to learn from an adversary; unfreeze "
-            "it (model.tokenizer.module.freeze), or set model.tokenizer.module.adversary=null"
+            "it (model.tokenizer.module.freeze), or set adversary=none"
         )
     return [part for name in freeze for part in PARTS[name]]
 

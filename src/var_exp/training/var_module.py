@@ -19,7 +19,7 @@ from var_exp.data import Batch
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.sampling import check_fit
 from var_exp.tokenizer import VQVAE
-from var_exp.training.progressive import ProgressiveScales, Stage
+from var_exp.training.progressive import ProgressiveScales, ScalesInTraining
 from var_exp.training.scaling_law import against_law
 from var_exp.training.stage import MakeOptimizer, StageModule
 from var_exp.transformer import VAR
@@ -38,7 +38,7 @@ class VARModule(StageModule):
     Args:
         transformer, tokenizer: the networks; the checkpoint holds both.
         label_drop: probability of training a sample without its class.
-        label_smoothing: share of the target that is spread over all codes, in [0, 1)
+        label_smoothing: share of the target that is spread over all codes, in [0, 1]
             (Szegedy et al., arXiv 1512.00567, section 7).
         scale_weights: weight of a token's loss at each scale, K numbers, of which only the
             ratios matter; None weighs all tokens alike, as the paper does. (The code of
@@ -89,6 +89,11 @@ class VARModule(StageModule):
         self.progressive, self.scaling_law = progressive, scaling_law
         schedule = transformer.schedule
         self.scale_weights = check_scale_weights(scale_weights, schedule.num_scales)
+        if progressive and self.scale_weights[: progressive.first].sum() == 0:
+            raise ValueError(
+                f"model.var: scale_weights {list(scale_weights)} leave nothing to train while the "
+                f"first {progressive.first} scales are alone (model.var.module.scale_weights)"
+            )
         self.keep_average()
 
     def networks(self) -> dict[str, nn.Module]:
@@ -118,7 +123,7 @@ class VARModule(StageModule):
 
     def on_progress(self, batch: int, num_batches: int) -> None:
         super().on_progress(batch, num_batches)
-        self.scales = Stage(self.transformer.schedule.num_scales, 1.0)
+        self.scales = ScalesInTraining(self.transformer.schedule.num_scales, 1.0)
         if self.progressive:
             self.scales = self.progressive(batch / num_batches, self.scales.num_scales)
             self.log("train/num_scales", float(self.scales.num_scales))
@@ -133,6 +138,8 @@ class VARModule(StageModule):
                 self.manual_backward(loss)
             total = total + loss.detach()
         stepped = self.step(optimizer)
+        if stepped:
+            self.update_average()
         total = self.over_ranks({"loss": total})["loss"]
         self.conclude_batch(stepped, total, batch)
         self.log("train/loss", total)
