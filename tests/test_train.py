@@ -16,9 +16,12 @@ from var_exp.checkpoint import load_networks
 from var_exp.training import VARModule
 
 PICTURES = {"grid.png", "coarse_to_fine.png", "reconstructions.png"}
-TOKENIZER_FIGURES = {"l1", "l2", "psnr", "class_accuracy_real", "class_accuracy", "seconds"}
+TOKENIZER_FIGURES = {
+    *("l1", "l2", "psnr", "ssim", "rfid_classifier"),
+    *("class_accuracy_real", "class_accuracy", "seconds"),
+}
 VAR_FIGURES = {
-    *("loss", "acc", "class_accuracy", "seconds"),
+    *("loss", "acc", "loss_last_scale", "acc_last_scale", "class_accuracy", "seconds"),
     *("fid_classifier", "inception_score_classifier"),
 }
 
@@ -56,8 +59,8 @@ def test_a_run_leaves_the_documented_folders_and_nothing_else(trained):
     expected = {".hydra", "tokenizer", "var", "samples", "metrics.json", "csv", "wandb"}
     assert names(trained) == expected | {"evaluation"}
     assert names(trained / ".hydra") == {"config.yaml", "hydra.yaml", "overrides.yaml"}
-    assert names(trained / "tokenizer") == {"best.ckpt", "last.ckpt", "pictures"}
-    assert names(trained / "var") == {"best.ckpt", "last.ckpt", "pictures"}
+    assert names(trained / "tokenizer") == {"best.ckpt", "last.ckpt", "curves.png", "pictures"}
+    assert names(trained / "var") == {"best.ckpt", "last.ckpt", "curves.png", "pictures"}
     assert names(trained / "samples") == PICTURES
     assert names(trained / "evaluation") == {"classifier.pt"}
     for path, content in files(trained).items():
