@@ -121,7 +121,7 @@ def test_the_average_is_taken_where_there_is_one_unless_raw_weights_are_asked_fo
         loaded = load_networks(source, weights)
         assert torch.equal(loaded.transformer.position, expected.position)
     assert torch.equal(load_networks(path).transformer.position, average.position)
-    with pytest.raises(ValueError, match="expected 'averaged' or 'raw', got 'ema'"):
+    with pytest.raises(ValueError, match="expected averaged, raw or null, got 'ema'"):
         load_networks(path, "ema")
 
 

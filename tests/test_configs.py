@@ -322,7 +322,7 @@ def test_every_adversary_is_described(name):
     cfg = composed("train", f"adversary={name}")
     assert cfg.model.tokenizer.module.adversary == cfg.adversary
     if name == "patchgan":
-        module = build_networks(composed("train", "adversary=patchgan"))["tokenizer"]
+        module = build_networks(composed("train", "adversary=patchgan", "data=shapes"))["tokenizer"]
         assert module.adversary.factor(0, 100) == 0 and module.adversary.factor(99, 100) == 1
 
 

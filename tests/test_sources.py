@@ -102,7 +102,7 @@ def test_what_holds_no_networks_is_refused_with_the_key(tmp_path):
     info = describe("tokenizer", {"tokenizer": tiny_tokenizer()}, [])
     torch.save({KEY: info | {"format": 1}, "state_dict": {}}, tmp_path / "old.ckpt")
     assert "has format 1" in refusal(tmp_path / "old.ckpt")
-    with pytest.raises(ValueError, match="expected 'averaged' or 'raw', got 'best'"):
+    with pytest.raises(ValueError, match="expected averaged, raw or null, got 'best'"):
         read_networks(tmp_path, "best")
 
 

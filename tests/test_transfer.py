@@ -24,7 +24,7 @@ from tiny import SCALES, stir, tiny_quantizer, tiny_tokenizer, tiny_transformer
 from var_exp.checkpoint import load_networks
 from var_exp.pipeline import VARPipeline
 from var_exp.tokenizer.resize import bicubic_matrix
-from var_exp.transfer import warm_start, warm_start_tokenizer
+from var_exp.transfer import warm_start, warm_start_from, warm_start_tokenizer
 
 MANIFESTS = json.loads((GOLDEN / "released_checkpoints.json").read_text())
 FITTED = ("class_embedding", "level_embedding", "position", "start_position")

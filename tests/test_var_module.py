@@ -159,7 +159,7 @@ def test_codes_are_read_in_full_precision_also_under_bf16(batch):
             "leave nothing to train while the first 2 scales are alone",
         ),
     ],
-    ids=str,
+    ids=["drop", "smoothing", "corrupt", "short", "zero", "zero at first"],
 )
 def test_arguments_out_of_their_range_are_refused_by_name(changes, named):
     with pytest.raises(ValueError, match=named):
