@@ -122,7 +122,7 @@ def test_without_dinos_file_the_message_says_what_to_do(tmp_path):
         DinoDiscriminator(str(tmp_path / "none.pth"))
     message = str(error.value)
     assert "none.pth is missing" in message and "dino_deitsmall16_pretrain.pth" in message
-    assert "adversary.discriminator.weights=PATH" in message and "PatchGAN" in message
+    assert "adversary.discriminator.weights=PATH" in message and "adversary=patchgan" in message
 
 
 def test_a_file_of_another_network_is_refused(tmp_path):

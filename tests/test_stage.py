@@ -193,6 +193,8 @@ def test_precisions_in_which_codes_or_losses_suffer_are_refused(precision, digit
         ({"weights": "best"}, "weights: expected averaged, raw"),
         ({"micro_batch": 0}, "micro_batch"),
         ({"max_skipped": 0}, "max_skipped"),
+        ({"average_decay": 1.0}, "average_decay"),
+        ({"average_decay": -0.5}, "average_decay"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"weight_decay": 0.0, "final_weight_decay": 0.1}, "final_weight_decay"),
     ],

@@ -27,8 +27,7 @@ DINO = Published(
     url="https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/"
     "dino_deitsmall16_pretrain.pth",
     key=f"{KEY}.weights",
-    without="take a discriminator that needs no file "
-    f"({KEY}._target_=var_exp.tokenizer.discriminator.PatchGAN)",
+    without="take a discriminator that needs no file (adversary=patchgan)",
 )
 
 HEAD_WIDTH = 64  # of an attention head, in all of DINO's transformers

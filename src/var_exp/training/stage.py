@@ -74,6 +74,11 @@ class StageModule(L.LightningModule):
                 f"model.{self.stage}: micro_batch must be at least 1 or null, got {micro_batch} "
                 f"(model.{self.stage}.module.micro_batch)"
             )
+        if not 0 <= average_decay < 1:
+            raise ValueError(
+                f"model.{self.stage}: average_decay must lie in [0, 1), got {average_decay} "
+                f"(model.{self.stage}.module.average_decay)"
+            )
         self.make_optimizer, self.schedule = optimizer, schedule
         self.weight_decay = WeightDecay(weight_decay, final_weight_decay)
         self.clip, self.average_decay, self.weights = clip, average_decay, weights
