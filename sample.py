@@ -1,58 +1,102 @@
-"""Draw images: numbered PNG files, pictures of the whole, and one npz.
+"""Draw images: numbered PNG files, pictures of the whole, one npz, and scores by choice.
 
 python sample.py ckpt=runs/latest 'classes=[3,7]' num_samples=16 seed=0
 python sample.py official=var_d16 'classes=[207]'         the published networks
+python sample.py ckpt=runs/latest evaluate=true           FID and others, into metrics.json
 python sample.py ckpt=runs/latest num_samples=0 export=DIR   the networks in one portable folder
 """
 
-from collections.abc import Iterator, Sequence
+import json
+import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import hydra
-import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
-from torch import Tensor
-from tqdm import tqdm
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 
-from var_exp.cli import launch, record_composition, remove_if_empty, report_errors, table
-from var_exp.evaluation.pictures import class_grid, coarse_to_fine, save_png, to_uint8
-from var_exp.files import replacing
+from var_exp.cli import (
+    Metrics,
+    launch,
+    read_metrics,
+    record_composition,
+    remove_if_empty,
+    report_errors,
+    table,
+    write_metrics,
+)
+from var_exp.evaluation import FeatureNetwork, ScoreSettings, protocol
+from var_exp.evaluation.sample_draw import SETTINGS, Drawer, fill, make_plan
+from var_exp.evaluation.sample_scores import beside_expected, scorer_of
+from var_exp.evaluation.sample_set import SampleSet
 from var_exp.official import MODELS, save_official
 from var_exp.pipeline import VARPipeline
-from var_exp.sampling import Samples, iterate_samples
+from var_exp.processes import check_processes, choose_device, joined
 from var_exp.sources import Found, read_networks, read_published
 
-SETTINGS = ("seed", "cfg_scale", "top_k", "top_p", "temperature")
 EXPORTS = {"export": "portable folder", "export_official": "published files"}
-MAX_GRID = 400  # samples that the grid shows
-STRIP = 8  # samples that are shown scale by scale
+NUM_SAMPLES = 16  # unless asked otherwise
+STAGE = "sample"  # what figures of samples are filed under
 
 
 def sample(cfg: DictConfig, out: Path) -> None:
-    """Export the networks where that is asked for; draw, and write all samples into `out`."""
+    """Export the networks where that is asked for; draw into `out`, and score."""
+    device = check_choices(cfg)
     found = choose_networks(cfg)
     networks = VARPipeline(found.transformer, found.tokenizer, found.class_names)
     asked = {key: cfg[key] for key in EXPORTS if cfg[key] is not None}
-    only_export = bool(asked) and cfg.num_samples == 0
-    labels = [] if only_export else choose_labels(cfg.classes, cfg.num_samples, networks)
-    networks.to(choose_device(cfg.device))
-    settings = {name: cfg[name] for name in SETTINGS}
-    batches = None
-    if labels:  # before anything is written: this refuses wrong settings
-        batches = iterate_samples(
-            networks.transformer, networks.tokenizer, labels, batch_size=cfg.batch_size, **settings
-        )
-    export(networks, asked)
     done = {"checkpoint": found.path} | {EXPORTS[key]: folder for key, folder in asked.items()}
-    if batches is None:
+    if asked and cfg.num_samples == 0:
+        export(networks, asked)
         remove_if_empty(out)
-    else:
-        record_composition(cfg, out)
-        write_samples(out, batches, labels, networks)
-        done["folder"] = out
-    print(table(f"{len(labels)} samples" if labels else "exported", done))
+        print(table("exported", done))
+        return
+    num_samples = choose_number(cfg)
+    pair, settings = (found.transformer, found.tokenizer), {name: cfg[name] for name in SETTINGS}
+    plan = make_plan(*pair, cfg.classes, cfg.precision, settings)
+    eyes = make_eyes(cfg, found.path) if cfg.evaluate else None
+    with joined(device, cfg.devices, cfg.num_nodes) as processes:
+        networks.to(processes.device)
+        drawer = Drawer(*pair, plan, eyes and make_scorer(cfg, eyes, found.tokenizer))
+        samples = make_set(cfg, out, num_samples, drawer)
+        about = eyes and describe(cfg, samples, drawer, found.weights)
+        if processes.is_first:  # up to here nothing was written
+            export(networks, asked)
+            record_composition(cfg, out)
+            if replaced := samples.begin():
+                print(replaced)
+        scored = eyes and read_metrics(out / "metrics.json").protocols.get(STAGE) == about
+        left = processes.tell(lambda: samples.jobs(cfg.batch_size, scored))
+        fill(samples, left, drawer, processes.rank, processes.size)
+        processes.part()
+        if not processes.is_first:
+            return
+        with drawer.computing():
+            samples.finish(found.tokenizer, found.class_names, cfg.batch_size)
+        if eyes:
+            done |= score(cfg, samples, drawer, about)
+        samples.clear()
+    print(table(f"{num_samples} samples", done | {"folder": out}))
+
+
+# -- what is drawn ------------------------------------------------------------------------
+
+
+def check_choices(cfg: DictConfig) -> torch.device:
+    """The device; raises ValueError for what can be found wrong before networks are read."""
+    device = choose_device(cfg.device)
+    check_processes(device, cfg.devices, cfg.num_nodes)
+    if cfg.devices * cfg.num_nodes > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ValueError("devices: expected 1 with --multirun, which starts this program itself")
+    for key in ("png", "npz", "evaluate"):
+        if type(cfg[key]) is not bool:
+            raise ValueError(f"{key}: expected true or false, got {cfg[key]!r} ({key}=...)")
+    if type(cfg.batch_size) is not int or cfg.batch_size < 1:
+        raise ValueError(f"batch_size: expected a whole number >= 1, got {cfg.batch_size}")
+    return device
 
 
 def choose_networks(cfg: DictConfig) -> Found:
@@ -78,6 +122,17 @@ def choose_networks(cfg: DictConfig) -> Found:
     return found
 
 
+def choose_number(cfg: DictConfig) -> int:
+    """How many samples."""
+    usual = cfg.evaluation.num_samples if cfg.evaluate else NUM_SAMPLES
+    smallest = max(2, cfg.evaluation.scores.num_neighbours + 1) if cfg.evaluate else 1
+    number = usual if cfg.num_samples is None else cfg.num_samples
+    if type(number) is not int or number < smallest:
+        why = " to score (more than evaluation.scores.num_neighbours)" if cfg.evaluate else ""
+        raise ValueError(f"num_samples: expected a whole number >= {smallest}{why}, got {number}")
+    return number
+
+
 def export(networks: VARPipeline, folders: dict[str, str]) -> None:
     """Write the networks into the folders of `export` and `export_official`, where given."""
     for key, folder in folders.items():
@@ -89,81 +144,119 @@ def export(networks: VARPipeline, folders: dict[str, str]) -> None:
         networks.save_pretrained(folders["export"])
 
 
-def choose_labels(classes, num_samples: int, networks: VARPipeline) -> list[int]:
-    """One label per sample; the asked classes take turns."""
-    num_classes = networks.transformer.num_classes
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples: expected a whole number >= 1, got {num_samples}")
-    if classes is None or num_classes == 0:
-        return [num_classes] * num_samples
-    asked = range(num_classes) if classes == "all" else classes
-    listed = isinstance(asked, Sequence) and not isinstance(asked, str) and len(asked) > 0
-    if not listed or any(type(c) is not int or not 0 <= c < num_classes for c in asked):
-        raise ValueError(
-            f"classes: expected a list of numbers in 0..{num_classes - 1}, all or null, got {asked}"
-        )
-    return [asked[i % len(asked)] for i in range(num_samples)]
-
-
-def choose_device(name: str) -> torch.device:
-    if name != "auto":
-        try:
-            return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError):  # no such device, or torch built without it
-            raise ValueError(f"device: expected auto, cpu, cuda or mps, got {name!r}") from None
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator or torch.device("cpu")
-
-
-def write_samples(
-    out: Path,
-    batches: Iterator[tuple[list[int], Samples]],
-    labels: list[int],
-    networks: VARPipeline,
-) -> None:
-    """Draw, and write each sample, then what shows the whole."""
-    for stale in out.glob("[0-9]" * 6 + ".png"):  # of another draw, which would mix with this one
-        stale.unlink()
-    pixels, codes = [], []
-    with tqdm(total=len(labels), desc="sampling", unit="image", disable=None) as bar:
-        for ids, samples in batches:
-            pixels.append(to_uint8(samples.images.cpu()))
-            if ids[0] < STRIP:
-                codes.append([scale[: STRIP - ids[0]] for scale in samples.indices])
-            for i, image in zip(ids, pixels[-1], strict=True):
-                save_png(image.permute(1, 2, 0).numpy(), out / f"{i:06d}.png")
-            bar.update(len(ids))
-    first = [torch.cat(scale) for scale in zip(*codes, strict=True)]  # K x (up to STRIP, n_k)
-    write_whole(out, torch.cat(pixels), torch.tensor(labels), first, networks)
-
-
-def write_whole(
-    out: Path, pixels: Tensor, labels: Tensor, codes: list[Tensor], networks: VARPipeline
-) -> None:
-    """The grid, the strip and the npz of all samples.
-
-    Args:
-        pixels, labels: (N, C, H, W) uint8 and (N,).
-        codes: of the first STRIP samples, scale by scale.
-    """
-    names = networks.class_names
-    array = pixels.permute(0, 2, 3, 1).contiguous().numpy()  # (N, H, W, C)
-    with replacing(out / "samples.npz") as unfinished:
-        np.savez(unfinished, arr_0=array, arr_1=labels.numpy())
-    shown = pixels[:MAX_GRID] / 255
-    save_png(class_grid(shown, labels[:MAX_GRID], names), out / "grid.png")
-    steps = networks.tokenizer.decode(codes, per_scale=True)
-    row_names = [[*names, "no class"][label] for label in labels[:STRIP].tolist()]
-    strip = coarse_to_fine(
-        [x.add(1).div(2).cpu() for x in steps], networks.tokenizer.schedule.sizes, row_names
+def make_set(cfg: DictConfig, out: Path, num_samples: int, drawer: Drawer) -> SampleSet:
+    scorer = drawer.scorer
+    seen = scorer and {"network": scorer.network.fingerprint, "judge": bool(scorer.judge)}
+    num_per_scale = cfg.evaluation.num_samples_per_scale
+    return SampleSet(
+        out,
+        drawer.plan,
+        num_samples,
+        png=cfg.png,
+        npz=cfg.npz,
+        scores=seen,
+        num_per_scale=num_per_scale,
     )
-    save_png(strip, out / "coarse_to_fine.png")
+
+
+# -- scores -------------------------------------------------------------------------------
+
+
+class Eyes(NamedTuple):
+    """What samples are seen with, and the images of the run they come from, where it is known."""
+
+    network: FeatureNetwork
+    source: Any | None
+
+
+def make_eyes(cfg: DictConfig, path: Path) -> Eyes:
+    """The feature network, and the images of the run that the networks at this path are from."""
+    folder, source = None, None
+    for folder in path.absolute().parents[:2] if cfg.official is None else ():
+        if (folder / ".hydra" / "config.yaml").is_file():
+            run = OmegaConf.load(folder / ".hydra" / "config.yaml")
+            changes = {key: value for key, value in cfg.data.items() if value is not None}
+            run.data = OmegaConf.merge(run.data, changes)
+            source = instantiate(run.data, _convert_="all")
+            source.prepare()
+            source.setup()
+            break
+    if source is None and cfg.evaluation.reference is None:
+        raise ValueError(
+            f"evaluation.reference: {str(path)!r} is in no run folder, whose images samples would "
+            f"be compared with; expected evaluation.reference=FILE.npz, which evaluation="
+            f"adm_imagenet256 has"
+        )
+    make_network = instantiate(cfg.evaluation.network)
+    return Eyes(make_network(folder and folder / "evaluation" / "classifier.pt", source), source)
+
+
+def make_scorer(cfg: DictConfig, eyes: Eyes, tokenizer):
+    chosen = cfg.evaluation
+    return scorer_of(
+        *eyes,
+        tokenizer,
+        ScoreSettings(**chosen.scores),
+        reference=chosen.reference,
+        num_reference=chosen.num_reference,
+        batch_size=chosen.batch_size,
+        cache=chosen.cache,
+    )
+
+
+def describe(cfg: DictConfig, samples: SampleSet, drawer: Drawer, weights: str) -> dict[str, Any]:
+    """How the scores are obtained, as plain data."""
+    scorer, schedule = drawer.scorer, drawer.tokenizer.schedule
+    settings = {name: cfg[name] for name in SETTINGS if name != "seed"}
+    about = protocol.of_samples(
+        samples.labels,
+        schedule,
+        settings,
+        seed=cfg.seed,
+        precision=cfg.precision,
+        weights=weights,
+        image_size=drawer.tokenizer.image_size,
+    ) | protocol.of_scores(scorer.network, scorer.reference, scorer.settings)
+    about |= {"model": drawer.plan["networks"], "num_per_scale": samples.num_per_scale}
+    return json.loads(json.dumps(about))  # as it will be read
+
+
+def score(
+    cfg: DictConfig, samples: SampleSet, drawer: Drawer, about: dict[str, Any]
+) -> dict[str, str]:
+    """Measure, unless it was measured so before, and write metrics.json; figures in words."""
+    path = samples.folder / "metrics.json"
+    metrics = read_metrics(path)
+    if metrics.protocols.get(STAGE) != about:
+        for ids, seen in samples.seen():
+            drawer.scorer.add(ids, seen)
+        others = {k: v for k, v in metrics.figures.items() if not k.startswith(f"{STAGE}/")}
+        metrics = Metrics(others, metrics.protocols)
+        metrics = metrics.with_stage(STAGE, drawer.scorer.compute(), about)
+        write_metrics(metrics, path)
+    figures = {
+        key.removeprefix(f"{STAGE}/"): value
+        for key, value in metrics.figures.items()
+        if key.startswith(f"{STAGE}/") and "_scale_" not in key
+    }
+    given = {name: cfg[name] for name in (*cfg.evaluation.sampling, "classes")}
+    required = OmegaConf.to_container(cfg.evaluation.sampling) | {"classes": "all"}
+    given, required = (
+        given | {"num_samples": samples.num_samples},
+        required | {"num_samples": cfg.evaluation.num_samples},
+    )
+    expected = OmegaConf.to_container(cfg.evaluation.expected)
+    model = f"d{len(drawer.transformer.blocks)}"
+    return beside_expected(figures, expected, model, given, required)
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="sample")
 @report_errors
 def main(cfg: DictConfig) -> None:
-    sample(cfg, Path(HydraConfig.get().runtime.output_dir))
+    try:
+        sample(cfg, Path(HydraConfig.get().runtime.output_dir))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ from var_exp.cli import (
     write_metrics,
 )
 from var_exp.data import ImageDataModule, ImageSource
+from var_exp.evaluation import ScoreSettings
 from var_exp.evaluation.evaluator import Evaluator
+from var_exp.evaluation.report import write_report
 from var_exp.sampling import check_settings
 from var_exp.scales import ScaleSchedule
 from var_exp.sources import read_tokenizer
@@ -58,13 +60,14 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         fitted = fit(cfg, module, data, evaluator, run_dir)
         scores = module.final_scores(evaluator, run_dir / "samples")
         results = fitted.metrics | scores | {"seconds": fitted.seconds}
-        metrics |= {f"{stage}/{name}": value for name, value in results.items()}
+        metrics = metrics.with_stage(stage, results, module.protocol(evaluator))
         if data.rank == 0:
             write_metrics(metrics, run_dir / "metrics.json")
+            write_report(run_dir)
     if data.rank == 0:
         print(summary(cfg.name, metrics, run_dir, cfg.expected))
         report_bad_images(data.source)
-    return metrics
+    return metrics.figures
 
 
 # -- from the configuration to objects ----------------------------------------------------
@@ -81,11 +84,13 @@ def check_choices(cfg: DictConfig) -> None:
             f"tokenizer_ckpt: {cfg.tokenizer_ckpt!r} would be ignored, since stages has the "
             f"tokenizer; use 'stages=[var]' to train on it, or leave it out"
         )
-    scores = {name: cfg.evaluation[name] for name in ("num_samples", "num_samples_val")}
-    if min(scores.values()) < 2 or cfg.evaluation.batch_size < 1:
+    counts = {name: cfg.evaluation[name] for name in ("num_samples", "num_samples_val")}
+    smallest = max(2, cfg.evaluation.scores.num_neighbours + 1)
+    if min(counts.values()) < smallest or cfg.evaluation.batch_size < 1:
         raise ValueError(
-            f"evaluation: expected at least 2 samples to score and a batch_size of at least 1, got "
-            f"{scores} and {cfg.evaluation.batch_size}"
+            f"evaluation: expected at least {smallest} samples to score (precision and recall need "
+            f"more than evaluation.scores.num_neighbours) and a batch_size of at least 1, got "
+            f"{counts} and {cfg.evaluation.batch_size}"
         )
     if cfg.objective and cfg.objective.partition("/")[0] not in cfg.stages:
         raise ValueError(
@@ -184,14 +189,19 @@ def make_transformer(cfg: DictConfig, source: ImageSource, tokenizer: VQVAE) -> 
 
 
 def make_evaluator(cfg: DictConfig, source: ImageSource, run_dir: Path) -> Evaluator:
-    features = instantiate(cfg.evaluation.features)
+    chosen = cfg.evaluation
     return Evaluator(
         source,
-        features(run_dir / "evaluation" / "classifier.pt", source),
-        OmegaConf.to_container(cfg.sampling),
-        num_samples=cfg.evaluation.num_samples,
-        batch_size=cfg.evaluation.batch_size,
+        instantiate(chosen.network)(run_dir / "evaluation" / "classifier.pt", source),
+        OmegaConf.to_container(cfg.sampling, resolve=True),
+        num_samples=chosen.num_samples,
+        num_samples_per_scale=chosen.num_samples_per_scale,
+        batch_size=chosen.batch_size,
         seed=cfg.seed,
+        reference=chosen.reference,
+        num_reference=chosen.num_reference,
+        cache=chosen.cache,
+        score_settings=ScoreSettings(**chosen.scores),
     )
 
 

@@ -14,7 +14,6 @@ import io
 import json
 import multiprocessing
 import os
-import platform
 import tempfile
 import time
 from datetime import date
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 import train
 from var_exp.cli import CONF
+from var_exp.environment import machine
 from var_exp.training.fit import fit_stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,21 +133,6 @@ def picture(results: list[dict], path: Path) -> None:
     FigureCanvasAgg(figure).print_png(path)
 
 
-def machine() -> dict[str, str | int]:
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, default=1000)
@@ -160,7 +145,8 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         results = list(tqdm(pool.imap_unordered(measure, jobs), "tokenizers", len(jobs)))
     results.sort(key=lambda run: (list(SWITCHES).index(run["switch"]), run["seed"]))
-    about = {"machine": machine(), "batches": args.batches, "overrides": BASE}
+    about = {**machine(), "date": date.today().isoformat(), "batches": args.batches}
+    about["overrides"] = BASE
     about |= {"switches": SWITCHES, "wall_seconds": round(time.monotonic() - started)}
     path = ROOT / "benchmarks" / "results" / "collapse.json"
     path.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")

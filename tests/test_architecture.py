@@ -13,6 +13,7 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 
 NETWORKS = {"scales", "spec", "tokenizer", "transformer"}
 FILES = {"files"}  # how files are written and read
+RANKS = {"ranks"}
 
 # room: the rooms of ours that it may import, besides itself.
 MAY_IMPORT = {
@@ -20,7 +21,10 @@ MAY_IMPORT = {
     "scales": set(),
     "spec": set(),
     "files": set(),
-    "tokenizer": {"scales", "spec"},
+    "environment": set(),
+    "ranks": set(),
+    "processes": set(),
+    "tokenizer": {"scales", "spec"} | RANKS,
     "transformer": {"scales", "spec"},
     "api": NETWORKS | {"sampling"},
     "sampling": NETWORKS,
@@ -30,9 +34,9 @@ MAY_IMPORT = {
     "sources": NETWORKS | FILES | {"checkpoint", "official", "pipeline"},
     "transfer": NETWORKS | {"sources"},
     "data": {"scales"},
-    "evaluation": NETWORKS | FILES | {"sampling", "checkpoint"},
-    "training": NETWORKS | {"sampling", "checkpoint", "data", "evaluation"},
-    "cli": FILES,
+    "evaluation": NETWORKS | FILES | RANKS | {"sampling", "checkpoint"},
+    "training": NETWORKS | FILES | {"sampling", "checkpoint", "data", "evaluation"},
+    "cli": FILES | {"environment"},
 }
 
 # Libraries that only some rooms may know.

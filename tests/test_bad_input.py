@@ -16,7 +16,7 @@ from var_exp.checkpoint import KEY, read_checkpoint
 
 @pytest.fixture(autouse=True)
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("var_exp.evaluation.features.NUM_STEPS", 3)
+    monkeypatch.setattr("var_exp.evaluation.classifier.NUM_STEPS", 3)
 
 
 def assert_refused(done: Finished, *named: str) -> None:
@@ -224,7 +224,7 @@ def test_a_broken_image_that_only_a_worker_meets_is_named_in_one_line(
 ):
     # The classifier looks at some of many images; the broken one is found later.
     (images / "dogs" / "3.png").rename(tmp_path / "broken.png")
-    network = "var_exp.evaluation.features.train_classifier"
+    network = "var_exp.evaluation.classifier.train_classifier"
     original = import_from(network)
 
     def train_then_break(source, seed):

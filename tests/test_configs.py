@@ -16,6 +16,7 @@ import train
 from command import composed, run
 from var_exp.cli import CONF
 from var_exp.data import ImageDataModule, ImageSource
+from var_exp.evaluation import ScoreSettings
 from var_exp.scales import ScaleSchedule
 from var_exp.tokenizer import VQVAE
 from var_exp.training.optim import LinearSchedule
@@ -223,8 +224,10 @@ def test_every_callback_is_built_with_the_runs_evaluator(name):
 @every("evaluation")
 def test_every_evaluation_names_a_network_of_features(name):
     cfg = composed("train", f"evaluation={name}")
-    assert callable(instantiate(cfg.evaluation.features))
+    assert callable(instantiate(cfg.evaluation.network))
     assert min(cfg.evaluation.num_samples, cfg.evaluation.batch_size) >= 1
+    ScoreSettings(**cfg.evaluation.scores)
+    assert cfg.sampling == cfg.evaluation.sampling
 
 
 def command_in(path: Path) -> list[str]:

@@ -1,165 +1,109 @@
-"""Feature networks: the classifier that offline figures are measured with."""
+"""Feature networks: what they let in, and how weights are told apart."""
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch import nn
 
-from var_exp.data import Digits
-from var_exp.evaluation import ClassifierFeatures, features, train_classifier, train_or_load
-
-
-class Corners(Dataset):
-    """Noisy images, one corner of each lit: the corner is the class."""
-
-    def __init__(self, num_images, image_size, channels, seed, labelled=True):
-        self.num_images, self.shape, self.seed = num_images, (channels, *image_size), seed
-        self.labelled = labelled
-        self.read = []
-
-    def __len__(self):
-        return self.num_images
-
-    def __getitem__(self, index):
-        self.read.append(index)
-        generator = torch.Generator().manual_seed(self.seed + index)
-        image = torch.randint(0, 90, self.shape, dtype=torch.uint8, generator=generator)
-        (h, w), corner = self.shape[1:], index % 4
-        top, left = h // 2 * (corner // 2), w // 2 * (corner % 2)
-        image[:, top : top + h // 2, left : left + w // 2] += 150
-        return image, corner if self.labelled else 0
+from var_exp.evaluation import FeatureNetwork, Features
 
 
-class CornerSource:
-    name = "corners"
+class Pixels(FeatureNetwork):
+    """The features of an image are its pixels. Notes what it was given."""
 
-    def __init__(self, image_size=(16, 16), channels=3, labelled=True, num_train=128):
-        self.image_size, self.channels = image_size, channels
-        self.class_names = ("nw", "ne", "sw", "se") if labelled else ()
-        self.num_classes = len(self.class_names)
-        self.train = Corners(num_train, image_size, channels, 0, labelled)
-        self.val = Corners(64, image_size, channels, 10_000, labelled)
+    def __init__(self, scale=1.0):
+        super().__init__("pixels", 4)
+        self.scale = nn.Parameter(torch.tensor(scale))
+        self.linear = nn.Linear(4, 3, bias=False)
+        nn.init.ones_(self.linear.weight)
+        self.register_buffer("steps", torch.tensor(0))
 
-    def val_transform(self, image):
-        return image.float() / 127.5 - 1
-
-
-@pytest.fixture
-def few_steps(monkeypatch):
-    monkeypatch.setattr(features, "NUM_STEPS", 20)
+    def extract(self, pixels):
+        self.seen = pixels
+        features = self.scale * pixels.flatten(1).double()
+        return Features(features, self.linear(features.float()))
 
 
-def images_of(source, dataset, count):
-    return torch.stack([(source.val_transform(dataset[i][0]) + 1) / 2 for i in range(count)])
+def test_it_sees_8_bit_pixels_rounded_by_one_rule():
+    network = Pixels()
+    levels = torch.tensor([-0.4, 0.4, 0.6, 255.4]).reshape(1, 1, 2, 2)
+    network(levels / 255)
+    assert network.seen.dtype == torch.uint8
+    assert network.seen.flatten().tolist() == [0, 0, 1, 255]
+    network(network.seen)
+    assert network.seen.flatten().tolist() == [0, 0, 1, 255]
 
 
-def same(a, b):
-    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    return all(torch.equal(x, y) for x, y in pairs)
+@pytest.mark.parametrize("inference", [True, False])
+def test_features_are_float32_and_take_no_gradients(inference):
+    with torch.inference_mode(inference), torch.autocast("cpu", torch.bfloat16):
+        seen = Pixels(scale=1.001)(torch.full((2, 1, 2, 2), 200, dtype=torch.uint8))
+    assert seen.features.dtype == seen.logits.dtype == torch.float32
+    torch.testing.assert_close(seen.features, torch.full((2, 4), 200.2))
+    torch.testing.assert_close(seen.logits, torch.full((2, 3), 800.8))
+    assert not seen.features.requires_grad and not seen.logits.requires_grad
 
 
-def test_it_tells_held_out_digits_and_its_features_have_unit_variance():
-    source = Digits()
-    source.setup()
-    network = train_classifier(source)
-    assert network.task == "classes"
-    assert network.accuracy >= 0.975
-
-    images = torch.stack([source.val_transform(image) for image, _ in source.val])
-    labels = torch.tensor([label for _, label in source.val])
-    assert (network.judge(images) == labels).double().mean() == pytest.approx(network.accuracy)
-
-    seen = network(images_of(source, source.train, 1437)).features
-    torch.testing.assert_close(seen.mean(dim=0), torch.zeros(64), atol=1e-3, rtol=0)
-    torch.testing.assert_close(seen.std(dim=0), torch.ones(64), atol=1e-3, rtol=0)
+@pytest.mark.gpu
+def test_it_brings_images_to_its_own_device():
+    network, images = Pixels().cuda(), torch.rand(2, 1, 2, 2)
+    assert network(images).features.device.type == "cuda"
+    assert torch.equal(network(images).features.cpu(), Pixels()(images).features)
+    assert network.fingerprint == Pixels().fingerprint
 
 
-def test_the_same_images_give_the_same_network_whatever_the_caller_draws(few_steps):
-    source = CornerSource()
-    torch.manual_seed(1)
-    first = train_classifier(source)
-    torch.manual_seed(2)
-    before = torch.get_rng_state()
-    with torch.inference_mode():
-        second = train_classifier(source)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert same(first, second)
-    assert not same(first, train_classifier(source, seed=1))
+def test_a_network_without_weights_is_on_the_cpu():
+    assert FeatureNetwork("none", 1).device.type == "cpu"
 
 
-@pytest.mark.parametrize("size, channels", [((16, 16), 1), ((32, 32), 3), ((24, 130), 3)])
-def test_it_learns_from_images_of_any_size(few_steps, size, channels):
-    network = train_classifier(CornerSource(size, channels))
-    assert network.accuracy > 0.9
-    seen = network(torch.rand(5, channels, *size))
-    assert seen.features.shape == (5, network.num_features)
-    assert seen.logits.shape == (5, 4)
+@pytest.mark.parametrize(
+    "images", [torch.rand(2, 1, 2, 2) * 2 - 1, torch.full((2, 1, 2, 2), 255.0)]
+)
+def test_images_of_another_range_are_refused(images):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got \["):
+        Pixels()(images)
 
 
-def test_images_without_classes_are_told_apart_by_clusters(few_steps):
-    source = CornerSource(labelled=False)
-    network = train_classifier(source)
-    assert network.task == "clusters"
-    assert network(torch.rand(2, 3, 16, 16)).logits.shape == (2, features.NUM_CLUSTERS)
-    assert network.accuracy > 0.5
-    clusters = network.judge(2 * images_of(source, source.val, 64) - 1)
-    corners = torch.arange(64) % 4
-    together = clusters[:, None] == clusters[None]
-    assert not together[corners[:, None] != corners[None]].any()
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_images_that_are_not_numbers_are_refused(value):
+    images = torch.rand(2, 1, 2, 2)
+    images[1, 0, 1, 1] = value
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\].*(nan|inf)"):
+        Pixels()(images)
 
 
-def test_a_large_set_is_read_in_part_and_evenly(few_steps, monkeypatch):
-    monkeypatch.setattr(features, "MAX_TRAIN", 40)
-    source = CornerSource(num_train=1_000_000)
-    train_classifier(source)
-    assert len(source.train.read) == 40
-    assert min(source.train.read) < 200_000 and max(source.train.read) > 800_000
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.rand(1, 2, 2),
+        torch.rand(2, 2, 2, 2),
+        torch.rand(0, 1, 2, 2),
+        torch.zeros(2, 1, 2, 2, dtype=torch.int64),
+    ],
+)
+def test_images_of_another_shape_or_type_are_refused(images):
+    with pytest.raises(ValueError, match=r"expected images \(B, C, H, W\).* got torch\..*\("):
+        Pixels()(images)
 
 
 def test_it_never_leaves_evaluation_mode():
-    network = ClassifierFeatures((16, 16), 1, 10)
-    holder = torch.nn.ModuleList([network]).train()
+    network = Pixels()
+    holder = nn.ModuleList([network]).train()
     assert holder.training
-    assert not any(module.training for module in network.modules())
+    assert not any(module.training for module in network.eval().train().modules())
 
 
-def test_a_saved_classifier_is_plain_and_loads_instead_of_training(
-    few_steps, tmp_path, monkeypatch
-):
-    source, path = CornerSource(), tmp_path / "run" / "classifier.pt"
-    trained = train_or_load(path, source)
-    assert [p.name for p in path.parent.iterdir()] == ["classifier.pt"]
-    assert set(torch.load(path, weights_only=True)) == {"about", "state_dict"}
-
-    monkeypatch.setattr(features, "train_classifier", None)
-    loaded = train_or_load(path, source)
-    assert same(trained, loaded)
-    assert (loaded.task, loaded.accuracy) == (trained.task, trained.accuracy)
-    assert not any(p.requires_grad for p in loaded.parameters())
-    images = torch.rand(3, 3, 16, 16)
-    assert torch.equal(trained(images).logits, loaded(images).logits)
+def test_a_fingerprint_tells_any_change_of_weights():
+    first, same, scaled, counted, shaped = (Pixels() for _ in range(5))
+    with torch.no_grad():
+        scaled.scale.add_(1e-7)
+        counted.steps.add_(1)
+        shaped.linear.weight = nn.Parameter(shaped.linear.weight.reshape(4, 3))
+    assert first.fingerprint == same.fingerprint
+    others = {n.fingerprint for n in (first, scaled, counted, shaped)}
+    assert len(others) == 4
+    assert all(len(f) == 16 and int(f, 16) >= 0 for f in others)
 
 
-def test_a_classifier_of_other_images_is_refused(few_steps, tmp_path):
-    path = tmp_path / "classifier.pt"
-    train_or_load(path, CornerSource(num_train=128))
-    with pytest.raises(ValueError, match="classifier.pt.*num_train = 128, expected 64"):
-        train_or_load(path, CornerSource(num_train=64))
-    with pytest.raises(ValueError, match="seed = 0, expected 1"):
-        train_or_load(path, CornerSource(num_train=128), seed=1)
-
-
-@pytest.mark.parametrize("content", [b"", b"no classifier", {"state_dict": {}}, [1, 2]])
-def test_a_file_that_is_no_classifier_is_refused(tmp_path, content):
-    path = tmp_path / "classifier.pt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        torch.save(content, path)
-    with pytest.raises(ValueError, match="classifier.pt is not a classifier"):
-        train_or_load(path, CornerSource())
-
-
-def test_images_of_another_size_are_refused():
-    network = ClassifierFeatures((16, 16), 1, 10)
-    with pytest.raises(ValueError, match=r"\(1, 16, 16\), got \(3, 32, 32\)"):
-        network(torch.rand(2, 3, 32, 32))
+def test_a_network_knows_no_classes_unless_it_says_so():
+    assert Pixels().judge is None
+    assert Pixels().about == {}

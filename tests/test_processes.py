@@ -8,10 +8,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from stages import run, weights
+from stages import PATCH_NUMS, run, weights
 from test_tokenizer_module import adversary
+from var_exp.evaluation.classifier import train_classifier
 from var_exp.evaluation.evaluator import Evaluator
-from var_exp.evaluation.features import train_classifier
 
 TWO = {"devices": 2, "strategy": "ddp_fork_find_unused_parameters_true"}
 SAME = {
@@ -47,14 +47,14 @@ class Scores(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
-            scores = self.evaluator.score_samples(module.transformer, module.tokenizer, 25)
+            scores = self.evaluator.score_samples(module.transformer, module.tokenizer, 25, 9)
             scores |= self.evaluator.score_reconstructions(module.tokenizer, 101)
             torch.save(scores, self.folder / f"{trainer.world_size}_{trainer.global_rank}.pt")
 
 
 def test_two_processes_give_the_scores_of_one(digits, tmp_path, monkeypatch):
     """Also where they cannot share evenly: 25 samples, 101 reconstructions."""
-    monkeypatch.setattr("var_exp.evaluation.features.NUM_STEPS", 20)
+    monkeypatch.setattr("var_exp.evaluation.classifier.NUM_STEPS", 20)
     network = train_classifier(digits)
     for trainer in ({}, TWO):
         evaluator = Evaluator(digits, network, {"cfg_scale": 1.0}, batch_size=8)
@@ -65,6 +65,7 @@ def test_two_processes_give_the_scores_of_one(digits, tmp_path, monkeypatch):
         run("var", digits, tmp_path / name, scores, val_every=8, trainer=trainer, **still)
     one, *both = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
     assert {"fid_classifier", "rfid_classifier", "inception_score_classifier"} < set(one)
-    assert {"class_accuracy", "class_accuracy_real"} < set(one)
+    assert {"class_accuracy_classifier", "class_accuracy_real_classifier"} < set(one)
+    assert {f"fid_classifier_scale_{scale}" for scale in PATCH_NUMS} < set(one)
     for scores in both:
         assert scores == pytest.approx(one, rel=1e-6)

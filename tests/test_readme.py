@@ -48,7 +48,7 @@ def workplace(trained, tmp_path, monkeypatch) -> Path:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "latest").symlink_to(trained)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("var_exp.evaluation.features.NUM_STEPS", 3)
+    monkeypatch.setattr("var_exp.evaluation.classifier.NUM_STEPS", 3)
     return tmp_path
 
 

@@ -17,7 +17,7 @@ from var_exp.checkpoint import load_networks
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """A classifier that is trained for moments: the scores mean nothing, but are there."""
-    monkeypatch.setattr("var_exp.evaluation.features.NUM_STEPS", 3)
+    monkeypatch.setattr("var_exp.evaluation.classifier.NUM_STEPS", 3)
 
 
 def figures(folder: Path) -> dict[str, float]:

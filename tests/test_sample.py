@@ -15,15 +15,16 @@ from var_exp.official import load_official
 from var_exp.pipeline import VARPipeline
 from var_exp.sampling import generate
 
-WHOLE = {"grid.png", "coarse_to_fine.png", "samples.npz"}
+WHOLE = {"grid.png", "coarse_to_fine.png", "samples.npz", "plan.json"}
+OF_RUN = {".hydra", "environment.json"}  # when and how it was run
 
 
 def draw(ckpt: Path, out: Path, *overrides: str) -> dict[str, bytes]:
-    """Run sample.py; the files that it leaves, but for Hydra's."""
+    """Run sample.py; the files that it leaves, but for those about the run."""
     done = run("sample", f"ckpt={ckpt}", f"out_dir={out}", *overrides)
     assert done.code == 0, done.err
     left = files(out)
-    return {k: v for k, v in left.items() if not k.startswith(".hydra/")}
+    return {k: v for k, v in left.items() if k.split("/")[0] not in OF_RUN}
 
 
 def pictures(left: dict[str, bytes]) -> dict[str, bytes]:
@@ -46,7 +47,7 @@ def test_a_user_gets_numbered_files_the_grid_the_strip_and_the_arrays(
     assert "5 samples" in done.out and "out" in done.out.splitlines()[-1]
     out = tmp_path / "out"
     numbered = {f"{i:06d}.png" for i in range(5)}
-    assert {p.name for p in out.iterdir()} - {".hydra"} == numbered | WHOLE
+    assert {p.name for p in out.iterdir()} - OF_RUN == numbered | WHOLE
     images, labels = arrays(out)
     assert images.shape == (5, 16, 16, 1) and images.dtype == np.uint8
     assert labels.tolist() == [3, 7, 3, 7, 3]

@@ -15,19 +15,24 @@ from command import QUICK, composed_with_hydra, files, run, run_for_real
 from var_exp.checkpoint import load_networks
 from var_exp.training import VARModule
 
-PICTURES = {"grid.png", "coarse_to_fine.png", "reconstructions.png"}
+SAMPLES = {"grid.png", "coarse_to_fine.png", "steps.npz", "neighbours.png"}
+PICTURES = SAMPLES | {"reconstructions.png"}
+SCORES = ("fid", "inception_score", "kid", "precision", "recall")
 TOKENIZER_FIGURES = {
-    *("l1", "l2", "psnr", "ssim", "rfid_classifier"),
-    *("class_accuracy_real", "class_accuracy", "seconds"),
+    *("l1", "l2", "psnr", "ssim", "seconds"),
+    *(f"r{score}_classifier" for score in SCORES),
+    *("class_accuracy_real_classifier", "class_accuracy_classifier"),
 }
 VAR_FIGURES = {
-    *("loss", "acc", "loss_last_scale", "acc_last_scale", "class_accuracy", "seconds"),
-    *("fid_classifier", "inception_score_classifier"),
+    *("loss", "acc", "loss_last_scale", "acc_last_scale", "seconds"),
+    *(f"{score}_classifier" for score in SCORES),
+    *("class_accuracy_classifier", "neighbour_ratio_classifier"),
 }
 
 
 def figures(folder: Path) -> dict[str, float]:
-    return json.loads((folder / "metrics.json").read_text())
+    content = json.loads((folder / "metrics.json").read_text())
+    return {key: value for key, value in content.items() if key != "protocol"}
 
 
 def timeless(folder: Path) -> dict[str, float]:
@@ -49,15 +54,15 @@ def with_classifier(folder: Path, trained: Path) -> Path:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """A classifier that is trained for moments: the scores mean nothing, but are there."""
-    monkeypatch.setattr("var_exp.evaluation.features.NUM_STEPS", 3)
+    monkeypatch.setattr("var_exp.evaluation.classifier.NUM_STEPS", 3)
 
 
 # -- the run folder -----------------------------------------------------------------------
 
 
 def test_a_run_leaves_the_documented_folders_and_nothing_else(trained):
-    expected = {".hydra", "tokenizer", "var", "samples", "metrics.json", "csv", "wandb"}
-    assert names(trained) == expected | {"evaluation"}
+    expected = {".hydra", "tokenizer", "var", "samples", "evaluation", "csv", "wandb"}
+    assert names(trained) == expected | {"metrics.json", "environment.json", "report.html"}
     assert names(trained / ".hydra") == {"config.yaml", "hydra.yaml", "overrides.yaml"}
     assert names(trained / "tokenizer") == {"best.ckpt", "last.ckpt", "curves.png", "pictures"}
     assert names(trained / "var") == {"best.ckpt", "last.ckpt", "curves.png", "pictures"}
@@ -101,11 +106,14 @@ def test_metrics_are_flat_finite_and_name_their_stage(trained):
     tokenizer = TOKENIZER_FIGURES | {
         f"{what}_scale_{p}" for what in ("usage", "perplexity") for p in scales
     }
-    var = VAR_FIGURES | {f"{what}_scale_{p}" for what in ("loss", "acc") for p in scales}
+    var = VAR_FIGURES | {
+        f"{what}_scale_{p}" for what in ("loss", "acc", "fid_classifier") for p in scales
+    }
     expected = {f"tokenizer/{name}" for name in tokenizer} | {f"var/{name}" for name in var}
     assert set(found) == expected
     assert found["tokenizer/seconds"] > 0 and found["var/seconds"] > 0
-    assert 0 < found["tokenizer/psnr"] < 60 and found["tokenizer/class_accuracy_real"] > 0.95
+    assert 0 < found["tokenizer/psnr"] < 60
+    assert found["tokenizer/class_accuracy_real_classifier"] > 0.95
 
 
 def test_the_csv_of_each_stage_holds_its_curve(trained):
@@ -128,7 +136,7 @@ def test_wandb_keeps_a_run_of_each_stage_offline(trained):
 def test_a_run_ends_with_a_table_of_what_it_reached_and_where(finished, trained):
     _, done = finished
     shown = dict(line.rsplit(maxsplit=1) for line in done.out.splitlines()[2:])
-    for name in ("tokenizer/psnr", "var/loss", "var/class_accuracy", "var/seconds"):
+    for name in ("tokenizer/psnr", "var/loss", "var/class_accuracy_classifier", "var/seconds"):
         assert float(shown[name]) == pytest.approx(figures(trained)[name], rel=1e-3)
     assert any(str(trained.name) in line for line in done.out.splitlines()[-3:])
     assert "batch 4/4" in done.err and "s left" in done.err
@@ -260,7 +268,7 @@ def test_image_folder_with_a_folder_for_each_class(tmp_path, hasty):
     done = run("train", *FOLDER, *options, *QUICK)
     assert done.code == 0, done.err
     assert names(run_dir / "samples") == PICTURES
-    assert "var/class_accuracy" in figures(run_dir)
+    assert "var/class_accuracy_classifier" in figures(run_dir)
     networks = load_networks(run_dir)
     assert networks.info["class_names"] == ["apples", "pears", "plums"]
     assert networks.transformer.num_classes == 3
@@ -291,7 +299,7 @@ def test_shapes_are_judged_from_pixels_without_a_network(tmp_path, hasty):
     done = run("train", *options, *QUICK, *small)
     assert done.code == 0, done.err
     # The classifier was hardly trained: only the judge of the pixels can be right every time.
-    assert figures(run_dir)["tokenizer/class_accuracy_real"] >= 0.95
+    assert figures(run_dir)["tokenizer/class_accuracy_real_pixels"] >= 0.95
     assert len(load_networks(run_dir).info["class_names"]) == 12
     assert (tmp_path / "latest").resolve() == run_dir.resolve()
 

@@ -317,7 +317,7 @@ STILL = [f"model.{stage}.module.optimizer.lr=0" for stage in ("tokenizer", "var"
 @pytest.fixture
 def pictures(tmp_path, monkeypatch) -> Path:
     """A folder of images of three classes."""
-    monkeypatch.setattr("var_exp.evaluation.features.NUM_STEPS", 3)
+    monkeypatch.setattr("var_exp.evaluation.classifier.NUM_STEPS", 3)
     for name in ("apples", "pears", "plums"):
         (tmp_path / "pictures" / name).mkdir(parents=True)
         for i in range(6):

@@ -25,7 +25,8 @@ KEY = "var_exp"
 class Networks(NamedTuple):
     """What a checkpoint holds; `transformer` is None in one of the tokenizer stage.
 
-    info: stage, patch_nums, tokenizer_fingerprint, class_names, and what the training added.
+    info: stage, patch_nums, tokenizer_fingerprint, class_names, what the training added, and
+        which weights these are, "averaged" or "raw".
     """
 
     tokenizer: VQVAE
@@ -128,12 +129,15 @@ def load_networks(path: str | Path, weights: str | None = None) -> Networks:
 
 
 def _build_networks(info: dict[str, Any], state: dict[str, Tensor], weights: str) -> Networks:
-    networks = {}
+    networks, used = {}, "raw"
     for name, spec in info["networks"].items():
         averaged = {k: v for k, v in state.items() if k.startswith(f"averaged_{name}.")}
-        prefix = f"averaged_{name}." if averaged and weights == "averaged" else f"{name}."
+        prefix = f"{name}."
+        if averaged and weights == "averaged":
+            prefix, used = f"averaged_{name}.", "averaged"
         own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         network = build(spec)
         network.load_state_dict(own)
         networks[name] = network.eval().requires_grad_(False)
+    info = info | {"weights": used}
     return Networks(networks["tokenizer"], networks.get("transformer"), info)

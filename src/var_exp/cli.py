@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -16,9 +17,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from var_exp.environment import environment
 from var_exp.files import replacing
 
-SHOWN = ("psnr", "ssim", "loss", "acc", "class_accuracy", "seconds")
+SHOWN = (  # how keys of figures begin that say most
+    *("psnr", "ssim", "loss", "acc", "class_accuracy", "fid", "rfid", "inception_score"),
+    *("precision", "recall", "seconds"),
+)
+PROTOCOL = "protocol"  # the key of metrics.json that is no figure
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
@@ -127,35 +133,51 @@ def record_composition(config: DictConfig, run_dir: Path) -> None:
     OmegaConf.save(config, folder / "config.yaml")
     OmegaConf.save({"hydra": hydra}, folder / "hydra.yaml")
     OmegaConf.save(hydra.overrides.task, folder / "overrides.yaml")
+    with replacing(run_dir / "environment.json") as unfinished:
+        unfinished.write_text(json.dumps(environment(), indent=2) + "\n")
 
 
-def read_metrics(path: Path) -> dict[str, float]:
+class Metrics(NamedTuple):
+    """figures: keyed `stage/metric`; protocols: how those of a stage were obtained."""
+
+    figures: dict[str, float]
+    protocols: dict[str, dict[str, Any]]
+
+    def with_stage(
+        self, stage: str, figures: Mapping[str, float], protocol: dict[str, Any]
+    ) -> "Metrics":
+        """With the figures of one more stage, keyed without its name."""
+        keyed = {f"{stage}/{name}": value for name, value in figures.items()}
+        return Metrics(self.figures | keyed, self.protocols | {stage: protocol})
+
+
+def read_metrics(path: Path) -> Metrics:
     """The figures of a run folder so far; none where nothing was written yet."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    content = json.loads(path.read_text()) if path.exists() else {}
+    return Metrics({k: v for k, v in content.items() if k != PROTOCOL}, content.get(PROTOCOL, {}))
 
 
-def write_metrics(metrics: Mapping[str, float], path: Path) -> None:
-    """Write them as flat JSON."""
+def write_metrics(metrics: Metrics, path: Path) -> None:
+    """Write figures as flat JSON, and the protocols under one more key."""
     with replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(metrics, indent=2) + "\n")
+        content = metrics.figures | {PROTOCOL: metrics.protocols}
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def summary(
-    name: str, metrics: Mapping[str, float], run_dir: Path, expected: Mapping[str, list[float]]
-) -> str:
+def summary(name: str, metrics: Metrics, run_dir: Path, expected: Mapping[str, list[float]]) -> str:
     """The table at the end of a run: the figures that say most, and where the rest is.
 
     Beside a figure stands the band (low, high) where it was expected, if one was named.
     """
     rows: dict[str, object] = {
         key: value
-        for key, value in metrics.items()
-        if key.split("/")[1] in SHOWN or "fid" in key or "inception" in key or key in expected
+        for key, value in metrics.figures.items()
+        if key.split("/")[1].startswith(SHOWN) and "_scale" not in key or key in expected
     }
     for key, (low, high) in expected.items():
         if key in rows:
             rows[key] = f"{_cell(rows[key])}  (expected {low:g} to {high:g})"
-    rows |= {"all figures": run_dir / "metrics.json", "pictures": run_dir / "samples"}
+    rows |= {"all figures": run_dir / "metrics.json", "report": run_dir / "report.html"}
     return table(f"{name}: what was reached", rows)
 
 

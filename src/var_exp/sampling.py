@@ -167,13 +167,20 @@ def _iterate(
         yield chosen, Samples(drawn.images[:n], [codes[:n] for codes in drawn.indices])
 
 
-def decode_by_rows(tokenizer: VQVAE, indices: list[Tensor]) -> Tensor:
+def decode_by_rows(
+    tokenizer: VQVAE, indices: list[Tensor], per_scale: bool = False
+) -> Tensor | list[Tensor]:
     """`tokenizer.decode`, a fixed number of samples at a time.
 
     Convolutions choose their kernel, and with it the order of their sums, by the batch.
     """
-    starts = range(0, len(indices[0]), ROWS)
-    return torch.cat([tokenizer.decode([c[i : i + ROWS] for c in indices]) for i in starts])
+    parts = [
+        tokenizer.decode([c[i : i + ROWS] for c in indices], per_scale)
+        for i in range(0, len(indices[0]), ROWS)
+    ]
+    if per_scale:
+        return [torch.cat(images) for images in zip(*parts, strict=True)]
+    return torch.cat(parts)
 
 
 def _round_up(rows: int) -> int:

@@ -26,12 +26,14 @@ class Found(NamedTuple):
 
     class_names: of the transformer's classes, "0", "1", ... where nothing says them.
     path: the file, or portable folder, that was read.
+    weights: which they are: "averaged" or "raw", "exported" or "published" where nothing says.
     """
 
     tokenizer: VQVAE | None
     transformer: VAR | None
     class_names: tuple[str, ...]
     path: Path
+    weights: str
 
 
 def read_networks(
@@ -73,11 +75,13 @@ def _read(
         )
     if (path / CONFIG).is_file():
         pipeline = VARPipeline.from_pretrained(path)
-        return _found(path, pipeline.tokenizer, pipeline.transformer, pipeline.class_names)
+        networks = pipeline.tokenizer, pipeline.transformer
+        return _found(path, *networks, pipeline.class_names, "exported")
     path = find_checkpoint(path, stages)
     if _is_ours(path):
         networks = load_networks(path, weights)
-        return _found(path, *networks[:2], networks.info.get("class_names", ()))
+        info = networks.info
+        return _found(path, *networks[:2], info.get("class_names", ()), info["weights"])
     transformer, tokenizer = read_official(path, patch_nums)
     if transformer is None and tokenizer is None:
         raise ValueError(
@@ -132,8 +136,9 @@ def _found(
     tokenizer: VQVAE | None,
     transformer: VAR | None,
     class_names: Sequence[str] = (),
+    weights: str = "published",
 ) -> Found:
     num_classes = 0 if transformer is None else transformer.num_classes
     if len(class_names) != num_classes:
         class_names = [str(label) for label in range(num_classes)]
-    return Found(tokenizer, transformer, tuple(class_names), path)
+    return Found(tokenizer, transformer, tuple(class_names), path, weights)

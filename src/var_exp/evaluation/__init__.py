@@ -1,13 +1,14 @@
 """Judging images: feature networks, scores, pictures."""
 
-from var_exp.evaluation.features import (
-    ClassifierFeatures,
-    FeatureNetwork,
-    Features,
-    train_classifier,
-    train_or_load,
+from var_exp.evaluation.classifier import ClassifierFeatures, train_classifier, train_or_load
+from var_exp.evaluation.features import FeatureNetwork, Features
+from var_exp.evaluation.fidelity import (
+    FeatureBank,
+    ScoreSettings,
+    class_accuracy,
+    scores,
+    too_few,
 )
-from var_exp.evaluation.fidelity import Fidelity, class_accuracy
 from var_exp.evaluation.pictures import (
     class_grid,
     coarse_to_fine,
@@ -19,16 +20,19 @@ from var_exp.evaluation.pictures import (
 
 __all__ = [
     "ClassifierFeatures",
+    "FeatureBank",
     "FeatureNetwork",
     "Features",
-    "Fidelity",
+    "ScoreSettings",
     "class_accuracy",
     "class_grid",
     "coarse_to_fine",
     "grid",
     "reconstructions",
     "save_png",
+    "scores",
     "to_uint8",
+    "too_few",
     "train_classifier",
     "train_or_load",
 ]

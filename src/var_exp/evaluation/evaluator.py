@@ -1,39 +1,55 @@
-"""What is measured and drawn of a trained model, in one place for training and for its end.
+"""What is measured and drawn of a model in training and at its end.
 
 Scores are shared work: each process draws and sees every n-th image, and all of them must call.
-Sums are exact, so that the figures do not depend on the number of processes. Pictures are drawn
-by whoever asks.
+What was seen is brought into the order of the images before anything is summed, so that the
+figures do not depend on the number of processes. Pictures are drawn by whoever asks.
 
     B batch, N samples, K scales
 """
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from var_exp.evaluation.features import FeatureNetwork
-from var_exp.evaluation.fidelity import Fidelity, Judge, class_accuracy
-from var_exp.evaluation.pictures import class_grid, coarse_to_fine, reconstructions, save_png
-from var_exp.sampling import iterate_samples
+from var_exp.evaluation import protocol
+from var_exp.evaluation.features import FeatureNetwork, Features
+from var_exp.evaluation.fidelity import FeatureBank, Judge, ScoreSettings, scores
+from var_exp.evaluation.neighbours import nearest, neighbours_picture
+from var_exp.evaluation.pictures import (
+    class_grid,
+    coarse_to_fine,
+    reconstructions,
+    save_png,
+    to_uint8,
+)
+from var_exp.evaluation.reference import Reference, reference_from_file, reference_of
+from var_exp.evaluation.scorer import SampleScorer, scores_against
+from var_exp.files import replacing
+from var_exp.ranks import is_first, share
+from var_exp.sampling import Samples, evaluating, iterate_samples
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
 
-MAX_REFERENCE = 10_000  # training images that a Fréchet distance compares with
 MAX_ROWS = 20  # classes that a picture of samples shows
+NUM_HELD_OUT = 1000  # validation images that say how far real images are from each other
+NUM_NEIGHBOURS = 5  # training images beside each sample
+PRECISION = "32-true"  # of all networks while they are measured here
 
 
 class Drawn(NamedTuple):
-    """grid, strip: uint8 (H, W, 3) pictures of samples by class, and scale by scale."""
+    """grid, strip: uint8 (H, W, 3) pictures of samples by class, and scale by scale.
+
+    steps: uint8 (K, n, H, W, C), a sample of each class after each scale.
+    """
 
     grid: np.ndarray
     strip: np.ndarray
+    steps: np.ndarray
 
 
 class Evaluator:
@@ -41,11 +57,19 @@ class Evaluator:
 
     Args:
         source: a `var_exp.data.ImageSource` that has been set up.
-        network: the features in which samples are compared with training images.
+        network: the features in which samples are compared with real images.
         settings: how samples are drawn; arguments of `var_exp.sampling.generate`.
         num_samples: how many the final scores are measured on.
+        num_samples_per_scale: how many of them are scored after each scale too.
         batch_size: samples at once.
         seed: of the samples.
+        reference: an .npz that samples are compared with; None: training images of the source.
+        num_reference: how many training images at most.
+        cache: a folder where statistics of real images are kept for other runs.
+        score_settings: of the scores.
+
+    Raises:
+        ValueError: a reference that is missing or does not fit.
     """
 
     def __init__(
@@ -53,90 +77,152 @@ class Evaluator:
         source: Any,
         network: FeatureNetwork,
         settings: dict[str, Any],
+        *,
         num_samples: int = 500,
+        num_samples_per_scale: int = 0,
         batch_size: int = 100,
         seed: int = 0,
+        reference: str | Path | None = None,
+        num_reference: int = 10_000,
+        cache: str | Path | None = None,
+        score_settings: ScoreSettings | None = None,
     ):
         self.source, self.network = source, network
         self.settings, self.seed = settings, seed
-        self.num_samples, self.batch_size = num_samples, batch_size
-        self.fidelity = Fidelity(network)
-        self._has_reference = False
+        self.num_samples, self.num_samples_per_scale = num_samples, num_samples_per_scale
+        self.batch_size, self.num_reference = batch_size, num_reference
+        self.cache = cache and Path(cache)
+        self.score_settings = score_settings or ScoreSettings()
+        self._references: dict[tuple[str, int | None], Reference] = {}
+        self._given = reference and reference_from_file(
+            Path(reference), network, source.image_size, batch_size=batch_size
+        )
 
     @property
-    def judge(self) -> Judge | None:
-        """Says from pixels which class an image shows; None where there are no classes.
+    def judge(self) -> tuple[str, Judge] | None:
+        """Says which class an image shows, and what it is called; None where nothing can.
 
-        The source's own where it has one, else the classifier of the feature network.
+        The source's own where it has one, which reads pixels, else that of the feature network.
         """
         if self.source.num_classes == 0:
             return None
-        return self.source.judge or self.network.judge
-
-    def labels(self, num_samples: int) -> list[int]:
-        """Every class equally often, in turn; "no class" (0) where there are none."""
-        return [i % max(1, self.source.num_classes) for i in range(num_samples)]
+        if self.source.judge is not None:
+            return "pixels", self.source.judge
+        return None if self.network.judge is None else (self.network.name, self.network.judge)
 
     # -- scores ---------------------------------------------------------------------------
 
     def score_samples(
-        self, transformer: VAR, tokenizer: VQVAE, num_samples: int
+        self, transformer: VAR, tokenizer: VQVAE, num_samples: int, num_per_scale: int = 0
     ) -> dict[str, float]:
-        """FID, Inception Score and, with classes, the share that the judge finds right."""
-        self.fidelity.to(_device(tokenizer))
-        self._read_reference()
-        self.fidelity.reset(keep_real=True)
-        labels = self.labels(num_samples)
-        ids = list(range(*_share(num_samples)))
-        hits = Hits(self.judge, _device(tokenizer))
-        drawn = self._draw(transformer, tokenizer, [labels[i] for i in ids], ids)
-        total = math.ceil(len(ids) / self.batch_size)
-        for chosen, samples in tqdm(drawn, "scoring samples", total, leave=False, disable=None):
-            self.fidelity.update_fake(samples.images, torch.tensor(chosen))
-            hits.add(samples.images, torch.tensor([labels[i] for i in chosen]))
-        return self.fidelity.compute() | hits.share("class_accuracy")
+        """All scores of fresh samples; of the first `num_per_scale` also the FID by scale."""
+        scorer, ids = self._scorer(tokenizer), list(share(num_samples))
+        num_ours = sum(i < num_per_scale for i in ids)
+        # None: hidden off a terminal.
+        hidden = None if is_first() else True
+        bar = tqdm(total=len(ids), desc="scoring samples", leave=False, disable=hidden)
+        with bar:
+            for part, per_scale in ((ids[:num_ours], True), (ids[num_ours:], False)):
+                for chosen, samples in self._draw(transformer, tokenizer, part):
+                    labels = torch.tensor([self.label(i) for i in chosen])
+                    scorer.add(
+                        torch.tensor(chosen), scorer.see(tokenizer, samples, labels, per_scale)
+                    )
+                    bar.update(len(chosen))
+        return scorer.compute()
 
     def score_reconstructions(
         self, tokenizer: VQVAE, num_images: int | None = None
     ) -> dict[str, float]:
         """How close reconstructions of validation images come to them.
 
-        Their FID to the very images they are made of, under the network's name and that of the
-        crop where the source has one; and what the judge finds right of both.
+        All scores against the very images they are made of, `rfid_<network>[_<crop>]` and so on;
+        and what the judge finds right of both.
 
         Args:
             num_images: how many validation images, drawn evenly; all of them for None.
         """
-        fidelity = Fidelity(self.network).to(_device(tokenizer))
-        real, rebuilt = (Hits(self.judge, _device(tokenizer)) for _ in range(2))
-        for images, labels in _batches(self.source, self.source.val, self.batch_size, num_images):
-            decoded, originals = _rebuild(tokenizer, images), images.add(1).div(2)
-            fidelity.update_real(originals)
-            fidelity.update_fake(decoded)
-            real.add(originals, labels)
-            rebuilt.add(decoded, labels)
-        scores = {}
-        if len(self.source.val) > 1 and num_images != 1:  # of one image there is no distance
-            name = "_".join(filter(None, ("rfid", self.network.name, self.source.crop)))
-            scores[name] = fidelity.compute()[f"fid_{self.network.name}"]
-        return scores | real.share("class_accuracy_real") | rebuilt.share("class_accuracy")
+        device = _device(tokenizer)
+        reference = self.held_out(num_images, device)
+        bank, hits = FeatureBank().to(device), FeatureBank().to(device)
+        rows = share(len(reference.indices))
+        for start in range(0, len(rows), self.batch_size):
+            ids = torch.tensor(rows[start : start + self.batch_size])
+            images, labels = _load(
+                self.source, self.source.val, [reference.indices[i] for i in ids]
+            )
+            rebuilt = _rebuild(tokenizer, images)
+            bank.update(self.network(rebuilt), ids)
+            if self.judge:
+                shown = [self.judge[1](x) for x in (images, rebuilt.mul(2).sub(1))]
+                right = torch.stack([(x == labels).float() for x in shown], dim=1)  # (B, 2)
+                hits.update(Features(right, None), ids)
+        found = {}
+        if len(rows) and len(reference.indices) > 1:  # of one image there is no distance
+            name = "_".join(filter(None, (self.network.name, self.source.crop)))
+            only = scores_against(reference, self.score_settings)
+            found = scores(bank.compute(), reference, name, self.score_settings, only)
+            found = {f"r{key}": value for key, value in found.items()}
+        if self.judge:
+            real, rebuilt = hits.compute().features.mean(dim=0).tolist()
+            found[f"class_accuracy_real_{self.judge[0]}"] = real
+            found[f"class_accuracy_{self.judge[0]}"] = rebuilt
+        return found
 
     # -- at the end of a stage ------------------------------------------------------------
 
     def conclude_tokenizer(self, tokenizer: VQVAE, folder: Path) -> dict[str, float]:
         """Write `reconstructions.png` and return the scores of reconstructions."""
-        if _is_first():
+        if is_first():
             picture = self.reconstruction_picture(tokenizer, num_images=12)
             save_png(picture, folder / "reconstructions.png")
         return self.score_reconstructions(tokenizer)
 
     def conclude_var(self, transformer: VAR, tokenizer: VQVAE, folder: Path) -> dict[str, float]:
-        """Write `grid.png` and `coarse_to_fine.png` and return the scores of samples."""
-        if _is_first():
+        """Write pictures of samples and return their scores.
+
+        `grid.png`, `coarse_to_fine.png` and the same as arrays in `steps.npz`, and
+        `neighbours.png`: the nearest training images beside each sample.
+        """
+        found = self.score_samples(
+            transformer, tokenizer, self.num_samples, self.num_samples_per_scale
+        )
+        if is_first():
             drawn = self.draw_per_class(transformer, tokenizer, num_per_class=10)
             save_png(drawn.grid, folder / "grid.png")
             save_png(drawn.strip, folder / "coarse_to_fine.png")
-        return self.score_samples(transformer, tokenizer, self.num_samples)
+            with replacing(folder / "steps.npz") as unfinished:
+                names = np.array(self.source.class_names[:MAX_ROWS], dtype=str)
+                np.savez_compressed(unfinished, arr_0=drawn.steps, names=names)
+            picture = self.neighbour_picture(transformer, tokenizer)
+            if picture is not None:
+                save_png(picture, folder / "neighbours.png")
+        return found
+
+    def protocol_of_samples(self, tokenizer: VQVAE, weights: str) -> dict[str, Any]:
+        """How the final scores of samples are obtained; `weights`: "averaged" or "raw"."""
+        return protocol.of_samples(
+            [self.label(i) for i in range(self.num_samples)],
+            tokenizer.schedule,
+            self.settings,
+            seed=self.seed,
+            precision=PRECISION,
+            weights=weights,
+            image_size=self.source.image_size,
+        ) | self._protocol_of_scores(self.reference(_device(tokenizer)))
+
+    def protocol_of_reconstructions(self, tokenizer: VQVAE, weights: str) -> dict[str, Any]:
+        """How the final scores of reconstructions are obtained."""
+        return protocol.of_reconstructions(
+            len(self.source.val),
+            precision=PRECISION,
+            weights=weights,
+            image_size=self.source.image_size,
+            crop=self.source.crop,
+        ) | self._protocol_of_scores(self.held_out(None, _device(tokenizer)))
+
+    def _protocol_of_scores(self, reference: Reference) -> dict[str, Any]:
+        return protocol.of_scores(self.network, reference, self.score_settings)
 
     # -- pictures -------------------------------------------------------------------------
 
@@ -144,16 +230,18 @@ class Evaluator:
         """A row of samples for each of the first classes, and one of each scale by scale."""
         num_rows = min(max(1, self.source.num_classes), MAX_ROWS)
         labels = [i % num_rows for i in range(num_per_class * num_rows)]
-        ids = list(range(len(labels)))
-        drawn = [samples for _, samples in self._draw(transformer, tokenizer, labels, ids)]
+        drawn = [samples for _, samples in self._draw(transformer, tokenizer, None, labels)]
         images = torch.cat([samples.images for samples in drawn]).cpu()
         codes = [
             torch.cat(scale)[:num_rows] for scale in zip(*(s.indices for s in drawn), strict=True)
         ]
         steps = [x.add(1).div(2).cpu() for x in tokenizer.decode(codes, per_scale=True)]
         names = list(self.source.class_names)
-        grid = class_grid(images, torch.tensor(labels), names, columns=num_per_class)
-        return Drawn(grid, coarse_to_fine(steps, tokenizer.schedule.sizes, names[:num_rows]))
+        return Drawn(
+            class_grid(images, torch.tensor(labels), names, columns=num_per_class),
+            coarse_to_fine(steps, tokenizer.schedule.sizes, names[:num_rows]),
+            to_uint8(torch.stack(steps)).permute(0, 1, 3, 4, 2).numpy(),
+        )
 
     def reconstruction_picture(self, tokenizer: VQVAE, num_images: int) -> np.ndarray:
         """The first validation images, and what each scale makes of them: uint8 (H, W, 3)."""
@@ -161,10 +249,69 @@ class Evaluator:
         rebuilt = _rebuild(tokenizer, images, per_scale=True)
         return reconstructions(images.add(1).div(2), rebuilt, tokenizer.schedule.sizes)
 
+    def neighbour_picture(self, transformer: VAR, tokenizer: VQVAE) -> np.ndarray | None:
+        """The nearest training images beside one sample of each class: uint8 (H, W, 3).
+
+        None where the reference is no part of the training images.
+        """
+        reference = self.reference(_device(tokenizer))
+        if reference.indices is None:
+            return None
+        ids = list(range(min(max(1, self.source.num_classes), NUM_HELD_OUT, 10)))
+        samples = torch.cat([s.images for _, s in self._draw(transformer, tokenizer, ids)]).cpu()
+        k = min(NUM_NEIGHBOURS, len(reference.indices))
+        features = self.network(samples).features.cpu()
+        distances, rows = nearest(features, reference.features, k)
+        chosen = [reference.indices[i] for i in rows.flatten().tolist()]
+        images, _ = _load(self.source, self.source.train, chosen)
+        images = images.add(1).div(2).unflatten(0, (len(ids), k))  # (n, k, C, H, W)
+        return neighbours_picture(samples, images, distances)
+
     # -- parts ----------------------------------------------------------------------------
 
-    def _draw(self, transformer: VAR, tokenizer: VQVAE, labels: list[int], ids: list[int]):
-        return iterate_samples(
+    def label(self, sample_id: int) -> int:
+        """Every class equally often, in turn; "no class" (0) where there are none."""
+        return sample_id % max(1, self.source.num_classes)
+
+    def reference(self, device: torch.device) -> Reference:
+        """What samples are compared with; all processes must ask for it."""
+        return self._given or self._read("train", self.num_reference, device)
+
+    def held_out(self, num_images: int | None, device: torch.device) -> Reference:
+        """Validation images; all processes must ask for them."""
+        return self._read("val", num_images, device)
+
+    def _read(self, part: str, limit: int | None, device: torch.device) -> Reference:
+        self.network.to(device)
+        if (part, limit) not in self._references:
+            self._references[part, limit] = reference_of(
+                self.network, self.source, part, limit, self.batch_size, self.cache, device
+            )
+        return self._references[part, limit]
+
+    def _scorer(self, tokenizer: VQVAE) -> SampleScorer:
+        device = _device(tokenizer)
+        scorer = SampleScorer(
+            self.network,
+            self.reference(device),
+            tokenizer.schedule,
+            self.judge,
+            self.score_settings,
+            self.held_out(NUM_HELD_OUT, device),
+        )
+        return scorer.to(device)
+
+    def _draw(
+        self,
+        transformer: VAR,
+        tokenizer: VQVAE,
+        ids: list[int] | None,
+        labels: list[int] | None = None,
+    ) -> Iterable[tuple[list[int], Samples]]:
+        """Samples of numbers, or of labels, a batch at a time."""
+        if labels is None:
+            labels = [self.label(i) for i in ids]
+        return labels and iterate_samples(
             transformer,
             tokenizer,
             labels,
@@ -174,78 +321,14 @@ class Evaluator:
             **self.settings,
         )
 
-    def _read_reference(self) -> None:
-        if self._has_reference:
-            return
-        for images, _ in _batches(self.source, self.source.train, self.batch_size, MAX_REFERENCE):
-            self.fidelity.update_real(images.add(1).div(2))
-        self._has_reference = True
-
-
-class Hits:
-    """How many images a judge takes for what they should be, over all processes."""
-
-    def __init__(self, judge: Judge | None, device: torch.device):
-        self.judge, self.counts = judge, torch.zeros(2, device=device)  # right, seen
-
-    def add(self, images: Tensor, labels: Tensor) -> None:
-        """Images (B, C, H, W) in [0, 1] and their labels (B,)."""
-        if self.judge is not None:
-            right = class_accuracy(images.cpu(), labels, self.judge) * len(labels)
-            self.counts += torch.tensor([round(right), len(labels)]).to(self.counts)
-
-    def share(self, name: str) -> dict[str, float]:
-        """The share of hits under a name; nothing without a judge."""
-        if self.judge is None:
-            return {}
-        if _is_distributed():
-            dist.all_reduce(self.counts)
-        right, seen = self.counts.tolist()
-        return {name: right / seen}
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _is_first() -> bool:
-    return not _is_distributed() or dist.get_rank() == 0
-
-
-def _share(count: int) -> tuple[int, int, int]:
-    """(start, stop, step) of this process's part of `count` images.
-
-    Raises:
-        ValueError: fewer images than processes: one without any could not take part.
-    """
-    rank, size = (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
-    if count < size:
-        raise ValueError(
-            f"evaluation: expected at least one image for each of {size} processes, got {count} "
-            f"(evaluation.num_samples, evaluation.num_samples_val, or more validation images)"
-        )
-    return rank, count, size
-
 
 def _device(network: VQVAE) -> torch.device:
     return next(network.parameters()).device
 
 
-def _batches(
-    source: Any, dataset: Any, size: int, limit: int | None = None
-) -> Iterable[tuple[Tensor, Tensor]]:
-    """This process's images (B, C, H, W) in [-1, 1] and labels (B,): all, or `limit` drawn ones."""
-    chosen = range(len(dataset))
-    if limit is not None and limit < len(dataset):
-        # Not the first ones: sets on disk are often sorted by class.
-        chosen = np.random.default_rng(0).permutation(len(dataset))[:limit].tolist()
-    ours = chosen[slice(*_share(len(chosen)))]
-    for start in range(0, len(ours), size):
-        yield _load(source, dataset, ours[start : start + size])
-
-
 def _load(source: Any, dataset: Any, chosen: Iterable[int]) -> tuple[Tensor, Tensor]:
-    items = [dataset[i] for i in chosen if i < len(dataset)]
+    """Images (B, C, H, W) in [-1, 1] and labels (B,)."""
+    items = [dataset[int(i)] for i in chosen if i < len(dataset)]
     images = torch.stack([source.val_transform(image) for image, _ in items])
     return images, torch.tensor([label for _, label in items])
 
@@ -253,7 +336,8 @@ def _load(source: Any, dataset: Any, chosen: Iterable[int]) -> tuple[Tensor, Ten
 @torch.no_grad()
 def _rebuild(tokenizer: VQVAE, images: Tensor, per_scale: bool = False) -> Tensor | list[Tensor]:
     """Reconstructions in [0, 1], on the CPU; with `per_scale` those after each scale."""
-    indices = tokenizer.encode(images.to(_device(tokenizer)))
-    if per_scale:
-        return [x.add(1).div(2).cpu() for x in tokenizer.decode(indices, per_scale=True)]
-    return tokenizer.decode(indices).add(1).div(2).cpu()
+    with evaluating(tokenizer):
+        indices = tokenizer.encode(images.to(_device(tokenizer)))
+        if per_scale:
+            return [x.add(1).div(2).cpu() for x in tokenizer.decode(indices, per_scale=True)]
+        return tokenizer.decode(indices).add(1).div(2).cpu()

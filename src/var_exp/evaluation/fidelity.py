@@ -4,164 +4,175 @@
   1706.08500): low when samples are as good and as varied as the real images.
 - Inception Score, exp E KL(p(y|x) || p(y)) (Salimans et al., arXiv 1606.03498): high when every
   sample is surely of one class and the samples cover all classes.
+- KID, the squared maximum mean discrepancy with a cubic kernel (Binkowski et al., arXiv
+  1801.01401): like FID, but without bias, so it tells of few images too. Slightly below 0 where
+  there is no difference.
+- Precision and recall (Kynkäänniemi et al., arXiv 1904.06991): the share of samples that lie
+  within the k-nearest-neighbour balls of real images, and of real images within those of samples.
 - Class accuracy: the share of samples that show the class they were asked for. Guidance raises
   it and worsens the FID, so they are read together.
 
-States and their sums over processes are torchmetrics'. Images in this room lie in [0, 1]; they
-are rounded to 8 bits before a network sees them, as if read from PNG files.
+The formulas are torch-fidelity's, which published figures use; states and their exchange between
+processes are torchmetrics'. Images are in the order of their numbers before anything is summed,
+so that one process and many agree to the last bit.
 
     B batch, N images, (C, H, W) an image, F features
 """
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics import Metric
-from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.utilities import dim_zero_cat
 
-from var_exp.evaluation.features import FeatureNetwork, Features
-from var_exp.evaluation.pictures import to_uint8
+from var_exp.evaluation.features import Features
+
+if TYPE_CHECKING:  # which itself gathers features in a `FeatureBank`
+    from var_exp.evaluation.reference import Reference
 
 Judge = Callable[[Tensor], Tensor]
 """Images (B, C, H, W) in [-1, 1] -> the class that each shows, (B,)."""
 
+ALL = ("fid", "inception_score", "kid", "precision", "recall")
+ROWS_AT_ONCE = 1000  #   of the distances between all images, to bound their memory
+SMALLEST_LOGIT = -600.0  # below the largest: its probability, 1e-261, is not 0 in float64
 
-class Fidelity(nn.Module):
-    """FID and Inception Score over one pass of one feature network.
 
-    It may be updated in inference mode and out of it: states are never inference tensors.
+class ScoreSettings(NamedTuple):
+    """Plain values that scores depend on; the defaults are torch-fidelity's.
 
-    Args:
-        network: what images are compared in; its name goes into the keys.
-        num_splits: parts that the Inception Score is averaged over.
-        seed: of the random split; with it the score is a function of the images alone.
+    num_splits:      parts of a random split that the Inception Score is averaged over
+    kid_subsets:     random subsets that KID is averaged over
+    kid_subset_size: images in each, or as many as there are
+    num_neighbours:  k of precision and recall
+    seed:            of splits and subsets
     """
 
-    def __init__(self, network: FeatureNetwork, num_splits: int = 10, seed: int = 0):
-        super().__init__()
-        self.network = network
-        self.fid = FrechetDistance(network.num_features)
-        self.inception_score = InceptionScore(num_splits, seed)
-
-    @torch.inference_mode(False)
-    def reset(self, keep_real: bool = False) -> None:
-        """Forget all images, or with `keep_real` the generated ones only."""
-        self.fid.reset_real_features = not keep_real
-        self.fid.reset()
-        self.inception_score.reset()
-
-    @torch.no_grad()
-    def update_real(self, images: Tensor) -> None:
-        """Add real images (B, C, H, W) in [0, 1]."""
-        self.fid.update(self._see(images).features.double(), real=True)
-
-    @torch.no_grad()
-    def update_fake(self, images: Tensor, sample_ids: Tensor | None = None) -> None:
-        """Add generated images (B, C, H, W) in [0, 1].
-
-        Args:
-            sample_ids: (B,) the samples' numbers in the whole set. Split by them, the Inception
-                Score does not depend on which process drew which sample. Without them samples
-                count in the order they come.
-        """
-        seen = self._see(images)
-        self.fid.update(seen.features.double(), real=False)
-        self.inception_score.update(seen.logits, sample_ids)
-
-    @torch.inference_mode(False)
-    def compute(self) -> dict[str, float]:
-        """Scores over all processes' images, keyed `fid_<network>`, `inception_score_<network>`.
-
-        Raises:
-            ValueError: fewer than two real or two generated images.
-        """
-        return {
-            f"fid_{self.network.name}": self.fid.compute().item(),
-            f"inception_score_{self.network.name}": self.inception_score.compute().item(),
-        }
-
-    def _see(self, images: Tensor) -> Features:
-        low, high = (bound.item() for bound in images.aminmax())
-        if not (-0.01 <= low and high <= 1.01):
-            raise ValueError(f"evaluation: images must lie in [0, 1], got [{low:g}, {high:g}]")
-        return self.network(to_uint8(images).to(self.fid.device).float() / 255)
+    num_splits: int = 10
+    kid_subsets: int = 100
+    kid_subset_size: int = 1000
+    num_neighbours: int = 3
+    seed: int = 2020
 
 
-class FrechetDistance(FrechetInceptionDistance):
-    """torchmetrics' FID, given features (B, F) float64 in the place of images.
+class FeatureBank(Metric):
+    """Features of numbered images from all processes, in the order of their numbers.
 
-    With fewer images than features the covariances are singular: the distance is still exact
-    for these images, but far above that of many, and compares only at an equal number.
-    """
-
-    def __init__(self, num_features: int):
-        given = nn.Identity()
-        given.num_features = num_features
-        super().__init__(feature=given)
-        self.orig_dtype = torch.float64
-
-    def compute(self) -> Tensor:
-        num_real = int(self.real_features_num_samples)
-        num_fake = int(self.fake_features_num_samples)
-        if min(num_real, num_fake) < 2:
-            raise ValueError(
-                f"evaluation: FID needs at least 2 real and 2 generated images, got {num_real} "
-                f"and {num_fake} (evaluation.num_samples)"
-            )
-        num_features = len(self.real_features_sum)
-        if min(num_real, num_fake) <= num_features:
-            warnings.warn(
-                f"FID of {num_real} real and {num_fake} generated images in {num_features} "
-                f"features: fewer images than features make it large; compare it only with "
-                f"figures from as many images",
-                stacklevel=2,
-            )
-        return super().compute()
-
-
-class InceptionScore(Metric):
-    """Inception Score of logits, averaged over the parts of a seeded random split.
-
-    Permutation and parts are torch-fidelity's, so the same logits and seed give its figure.
+    States are flat, so that a process which has seen no image, and cannot know how many features
+    one has, still takes part.
     """
 
     full_state_update = False
-    higher_is_better = True
     is_differentiable = False
 
-    def __init__(self, num_splits: int = 10, seed: int = 0):
-        super().__init__()
-        self.num_splits, self.seed = num_splits, seed
-        self.add_state("logits", [], dist_reduce_fx="cat")
-        self.add_state("sample_ids", [], dist_reduce_fx="cat")
+    def __init__(self):
+        super().__init__(compute_with_cache=False)
+        for name in ("features", "logits", "ids"):
+            self.add_state(name, [], dist_reduce_fx="cat")
 
-    def update(self, logits: Tensor, sample_ids: Tensor | None = None) -> None:
-        """Add logits (B, num_classes) of samples numbered (B,), or numbered as they come."""
-        if sample_ids is None:
-            num_seen = sum(len(ids) for ids in self.sample_ids)
-            sample_ids = torch.arange(num_seen, num_seen + len(logits))
-        self.logits.append(logits)
-        self.sample_ids.append(sample_ids.to(logits.device))
+    @property
+    def update_called(self) -> bool:
+        """An empty bank is no mistake, nothing that torchmetrics should warn of."""
+        return True
 
-    def compute(self) -> Tensor:
-        order = dim_zero_cat(self.sample_ids).argsort(stable=True)
-        p = dim_zero_cat(self.logits)[order].cpu().double().softmax(dim=1)  # (N, num_classes)
-        p = p[np.random.RandomState(self.seed).permutation(len(p))]
-        num_splits = min(self.num_splits, len(p))
-        edges = [i * len(p) // num_splits for i in range(num_splits + 1)]
-        parts = [p[start:end] for start, end in zip(edges, edges[1:], strict=False)]
-        return torch.stack([_sureness_and_variety(part) for part in parts]).mean()
+    # Tensors made in inference mode could not be synchronised out of it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def update(self, features: Features, ids: Tensor) -> None:
+        """Add features of B images with their numbers (B,) int64, each given once.
+
+        In inference mode and out of it.
+        """
+        self.features.append(features.features.to(self.device, copy=True).float().flatten())
+        if features.logits is not None:
+            self.logits.append(features.logits.to(self.device, copy=True).float().flatten())
+        self.ids.append(ids.to(self.device, torch.int64, copy=True))
+
+    @torch.inference_mode(False)
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        if not self.ids:  # torchmetrics would send an empty list as floats
+            self.ids.append(torch.empty(0, dtype=torch.int64, device=self.device))
+        super().sync(*args, **kwargs)
+
+    @torch.inference_mode(False)
+    def compute(self) -> Features:
+        """Features (N, F) of all processes' images, by number, on the CPU; (0, 0) of none."""
+        ids = _joined(self.ids)
+        if len(ids) == 0:
+            return Features(torch.empty(0, 0), None)
+        order = ids.argsort()
+        assert (ids[order].diff() > 0).all(), "an image was given twice"
+        features, logits = (
+            _joined(state).reshape(len(ids), -1)[order]  # (N, F), (N, num_classes)
+            for state in (self.features, self.logits)
+        )
+        return Features(features, logits if logits.numel() else None)
 
 
-def _sureness_and_variety(p: Tensor) -> Tensor:
-    """exp E KL(p(y|x) || p(y)) of (N, num_classes), as entropies: a probability of 0 is safe."""
-    entropy_of_mean = torch.special.entr(p.mean(dim=0)).sum()
-    mean_entropy = torch.special.entr(p).sum(dim=1).mean()
-    return (entropy_of_mean - mean_entropy).exp()
+def _joined(state: Tensor | list[Tensor]) -> Tensor:
+    """A state, whether other processes' are in it or not, as one tensor on the CPU."""
+    return dim_zero_cat(state).cpu() if len(state) else torch.empty(0)
+
+
+def scores(
+    fake: Features,
+    reference: "Reference",
+    name: str,
+    settings: ScoreSettings | None = None,
+    only: Collection[str] = ALL,
+) -> dict[str, float]:
+    """Scores of generated images against real ones.
+
+    They are a pure function of features, order and settings. Where there are fewer images than
+    features, the FID is exact for these images and a number, but far above that of many: see
+    `too_few`.
+
+    Args:
+        fake: (N, F) features, and logits for the Inception Score, on the CPU.
+        reference: statistics of real images; its features, where it has some, for KID, precision
+            and recall.
+        name: of the feature network.
+        settings: `ScoreSettings()` for None.
+        only: which scores, of `ALL`.
+
+    Returns:
+        fid_<name>, and where they can be had inception_score_<name>, kid_<name>,
+        precision_<name> and recall_<name>.
+
+    Raises:
+        ValueError: fewer than two images, no more than num_neighbours for precision or recall,
+            features of another length, or such that are no numbers.
+    """
+    settings = settings or ScoreSettings()
+    _check(fake.features, reference, only)
+    found = {}
+    if "fid" in only:
+        found["fid"] = _fid(fake.features, reference)
+    if "inception_score" in only and fake.logits is not None:
+        found["inception_score"] = _inception_score(fake.logits, settings)
+    if reference.features is not None:
+        if "kid" in only:
+            found["kid"] = _kid(fake.features, reference.features, settings)
+        if {"precision", "recall"} & set(only):
+            found |= _precision_and_recall(fake.features, reference.features, settings)
+    return {f"{key}_{name}": value for key, value in found.items() if key in only}
+
+
+def too_few(num_fake: int, num_reference: int | None, num_features: int) -> bool:
+    """Whether there are fewer images than features: the FID is then far above that of many.
+
+    Covariances are singular, and figures compare only at equal numbers of images.
+
+    Args:
+        num_reference: None where nobody knows.
+    """
+    return min(num_fake, num_fake if num_reference is None else num_reference) <= num_features
 
 
 def class_accuracy(images: Tensor, labels: Tensor, judge: Judge) -> float:
@@ -170,3 +181,71 @@ def class_accuracy(images: Tensor, labels: Tensor, judge: Judge) -> float:
     The judge reads [-1, 1]: a source's own `judge`, or a feature network's.
     """
     return (judge(2 * images - 1) == labels).double().mean().item()
+
+
+def _check(fake: Tensor, reference: "Reference", only: Collection[str]) -> None:
+    if unknown := set(only) - set(ALL):
+        raise ValueError(f"evaluation: expected scores of {ALL}, got {sorted(unknown)}")
+    num_real = reference.num_images
+    if len(fake) < 2 or (num_real is not None and num_real < 2):
+        raise ValueError(
+            f"evaluation: scores need at least 2 generated and 2 reference images, got "
+            f"{len(fake)} and {num_real} (evaluation.num_samples, evaluation.num_reference)"
+        )
+    if fake.shape[1] != len(reference.mu):
+        raise ValueError(
+            f"evaluation: samples have {fake.shape[1]} features, the reference has "
+            f"{len(reference.mu)}: it was made with another network (evaluation.reference)"
+        )
+    if not fake.isfinite().all():
+        raise ValueError("evaluation: features of samples hold nan or infinity")
+
+
+def _fid(fake: Tensor, reference: "Reference") -> float:
+    ours = fid_features_to_statistics(fake.double())
+    theirs = {"mu": reference.mu, "sigma": reference.sigma}
+    return fid_statistics_to_metric(ours, theirs, verbose=False)["frechet_inception_distance"]
+
+
+def _inception_score(logits: Tensor, settings: ScoreSettings) -> float:
+    # A probability of 0 would give 0 times infinity.
+    logits = logits.double() - logits.double().amax(dim=1, keepdim=True)
+    return isc_features_to_metric(
+        logits.clamp_min(SMALLEST_LOGIT),  # (N, num_classes)
+        splits=min(settings.num_splits, len(logits)),
+        shuffle=True,
+        rng_seed=settings.seed,
+    )["inception_score_mean"]
+
+
+def _kid(fake: Tensor, real: Tensor, settings: ScoreSettings) -> float:
+    return kid_features_to_metric(
+        fake,
+        real,
+        kid_subsets=settings.kid_subsets,
+        kid_subset_size=min(settings.kid_subset_size, len(fake), len(real)),
+        kid_kernel="poly",
+        kid_kernel_poly_degree=3,
+        kid_kernel_poly_gamma=None,  # one over the number of features
+        kid_kernel_poly_coef0=1,
+        rng_seed=settings.seed,
+        verbose=False,
+    )["kernel_inception_distance_mean"]
+
+
+def _precision_and_recall(fake: Tensor, real: Tensor, settings: ScoreSettings) -> dict[str, float]:
+    k = settings.num_neighbours
+    if min(len(fake), len(real)) <= k:
+        raise ValueError(
+            f"evaluation: precision and recall with {k} neighbours need more than {k} generated "
+            f"and reference images, got {len(fake)} and {len(real)}; take more, or fewer "
+            f"neighbours (evaluation.num_samples, evaluation.scores.num_neighbours)"
+        )
+    return prc_features_to_metric(
+        fake,
+        real,
+        prc_neighborhood=k,
+        prc_batch_size=ROWS_AT_ONCE,
+        save_cpu_ram=True,
+        verbose=False,
+    )

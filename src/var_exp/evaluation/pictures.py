@@ -23,6 +23,7 @@ MARGIN = 16  #   around the sheet, and between headings and images
 PAPER = (240, 240, 242)
 INK = (48, 48, 52)
 MAX_HEADING = 24  # letters
+CAPTION = 14  #  height of the letters below an image
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -94,6 +95,28 @@ def reconstructions(
     """
     rows = [_enlarge(images) for images in (originals, *per_scale)]
     return _sheet(rows, row_names=["original", *_scale_names(sizes)])
+
+
+def captioned(
+    rows: Tensor, captions: Sequence[Sequence[str]], column_names: Sequence[str] = ()
+) -> np.ndarray:
+    """Images (N, columns, C, H, W), each with its caption below; "" leaves it bare.
+
+    Args:
+        captions: N times as many as there are columns; a few letters each.
+    """
+    font = ImageFont.load_default(size=CAPTION)
+    drawn = []
+    for images, words in zip(rows, captions, strict=True):
+        pixels = _enlarge(images)
+        paper = np.broadcast_to(np.uint8(PAPER), (len(pixels), CAPTION + GAP, pixels.shape[2], 3))
+        drawn.append([])
+        for image, text in zip(np.concatenate([pixels, paper], axis=1), words, strict=True):
+            cell = Image.fromarray(image)
+            place = cell.width // 2, cell.height - GAP // 2
+            ImageDraw.Draw(cell).text(place, text, INK, font, anchor="mb")
+            drawn[-1].append(np.asarray(cell))
+    return _sheet(drawn, column_names=column_names)
 
 
 def _scale_names(sizes: Sequence[tuple[int, int]]) -> list[str]:

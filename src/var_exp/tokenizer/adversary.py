@@ -17,9 +17,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from var_exp.ranks import sum_over_ranks, world_size
 
 KEY = "adversary"
 EPS = 1e-6  # of equation 7 of VQGAN, with delta in its place
@@ -184,11 +185,11 @@ class Adversary(nn.Module):
         logit is not finite, what was remembered before is kept.
         """
         if self._gradients is not None:
-            rec, gan = _mean_over_ranks(self._gradients).norm(dim=1)
+            rec, gan = (sum_over_ranks(self._gradients) / world_size()).norm(dim=1)
             ratio = (rec / (gan + EPS)).clamp(max=self.max_weight)
             _remember(self.adaptive_weight, ratio, (rec + gan).isfinite())
         if self._logits is not None:
-            total, count = _mean_over_ranks(self._logits).unbind(1)
+            total, count = (sum_over_ranks(self._logits) / world_size()).unbind(1)
             means = self.logit_averages.lerp(total / count, 1 - LECAM_DECAY)
             _remember(self.logit_averages, means, means.isfinite().all())
         self._clear()
@@ -211,13 +212,6 @@ def lecam_distance(real: Tensor, fake: Tensor, averages: Tensor) -> Tensor:
 def _remember(buffer: Tensor, value: Tensor, usable: Tensor) -> None:
     """Without asking the device whether the value is usable, which would wait for it."""
     buffer.copy_(torch.where(usable, value, buffer))
-
-
-def _mean_over_ranks(value: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value
 
 
 def _check(name: str, value: object, allowed: bool, expected: str) -> None:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from var_exp.ranks import is_distributed, sum_over_ranks
 from var_exp.spec import recorded
 
 # Where codes start -> steps of k-means after starting at vectors of the data; None: no start.
@@ -163,7 +164,7 @@ class Codebook(BaseCodebook):
             self._move(everything, pick(vectors, self.vocab_size))
             self._kmeans(vectors, STARTS[self.start_from])
         if self.average_count is not None:
-            number = over_processes(finite(vectors).to(vectors).sum())
+            number = sum_over_ranks(finite(vectors).to(vectors).sum())
             self._count_fully(everything, number / self.vocab_size)
 
     def _kmeans(self, vectors: Tensor, steps: int) -> None:
@@ -203,7 +204,7 @@ class Codebook(BaseCodebook):
         rows = F.pad(vectors, (0, 1), value=1.0)  # (N, D + 1), the last counts
         rows = rows.masked_fill(~finite(vectors).unsqueeze(1), 0)
         sums = rows.new_zeros(self.vocab_size, self.code_dim + 1).index_add_(0, indices, rows)
-        sums = over_processes(sums)
+        sums = sum_over_ranks(sums)
         return sums[:, -1], sums[:, :-1]
 
 
@@ -268,7 +269,7 @@ def pick(vectors: Tensor, count: int) -> Tensor:
     picked = vectors[order[place % number]]  # (count, D)
     noise = 0.1 * picked.std(dim=0, correction=0) * torch.randn_like(picked)
     picked = torch.where((place >= number).unsqueeze(1), picked + noise, picked)
-    if _distributed():
+    if is_distributed():
         dist.broadcast(picked, src=0)
     return picked
 
@@ -276,13 +277,6 @@ def pick(vectors: Tensor, count: int) -> Tensor:
 def finite(vectors: Tensor) -> Tensor:
     """Which vectors (N, D) are finite, and not so large that sums are not: (N,) bool."""
     return vectors.square().sum(dim=-1).isfinite()
-
-
-def over_processes(values: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
-    if _distributed():
-        dist.all_reduce(values)
-    return values
 
 
 def check_start(start_from: str, known: dict | tuple) -> str:
@@ -293,7 +287,3 @@ def check_start(start_from: str, known: dict | tuple) -> str:
             f"(tokenizer.quantizer.codebook.start_from)"
         )
     return start_from
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()

@@ -81,9 +81,7 @@ def load(
         ValueError: the file is missing and cannot be fetched, is damaged, or holds another
             network.
     """
-    file = _cached(published) if path is None else Path(path).expanduser()
-    if not file.is_file():
-        raise published.refusal(file, "is missing")
+    file = find(published, path)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises anything, from KeyError to struct.error
@@ -93,6 +91,18 @@ def load(
         return assemble(_tensors(state))
     except (KeyError, ValueError) as error:
         raise published.refusal(file, f"holds something else ({error})") from None
+
+
+def find(published: Published, path: str | os.PathLike | None) -> Path:
+    """The published file: at `path`, or for None in torch.hub's cache, as `load` says.
+
+    Raises:
+        ValueError: it is missing and cannot be fetched.
+    """
+    file = _cached(published) if path is None else Path(path).expanduser()
+    if not file.is_file():
+        raise published.refusal(file, "is missing")
+    return file
 
 
 def _cached(published: Published) -> Path:

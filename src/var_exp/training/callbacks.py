@@ -1,38 +1,70 @@
 """Looking at the model while it trains: pictures and scores at each validation."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from var_exp.evaluation.curves import Band, curves
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.evaluation.pictures import save_png
+from var_exp.evaluation.report import write_report
 from var_exp.training.loggers import log_picture
+from var_exp.training.stage import StageModule
 from var_exp.training.tokenizer_module import TokenizerModule
 from var_exp.training.var_module import VARModule
 
 
 class EvaluationCallback(Callback):
-    """Base: calls `evaluate` after each validation within training.
+    """Base: calls `evaluate` after each validation, or every n batches or epochs of training.
 
     On all processes, since scores are shared work; pictures are of the first.
+
+    Args:
+        evaluator: of the run.
+        every_n_batches, every_n_epochs: at most one of them; None for both: at each validation.
+
+    Raises:
+        ValueError: both, or one below 1.
     """
 
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.state.fn == "fit":
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        every_n_batches: int | None = None,
+        every_n_epochs: int | None = None,
+    ):
+        given = [n for n in (every_n_batches, every_n_epochs) if n is not None]
+        if len(given) > 1 or any(not isinstance(n, int) or n < 1 for n in given):
+            raise ValueError(
+                f"evaluation: expected every_n_batches or every_n_epochs, at least 1, or null for "
+                f"both, got {every_n_batches} and {every_n_epochs} (evaluation.every_n_batches)"
+            )
+        self.evaluator = evaluator
+        self.every_n_batches, self.every_n_epochs = every_n_batches, every_n_epochs
+
+    def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
+        if trainer.state.fn == "fit" and self.interval(trainer) is None:
             self.evaluate(trainer, module)
 
-    def evaluate(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        raise NotImplementedError
+    def on_train_batch_end(self, trainer: L.Trainer, module: StageModule, *_) -> None:
+        interval = self.interval(trainer)
+        if interval is not None and (step(trainer) + 1) % interval == 0:
+            self.evaluate(trainer, module)
 
-    def show(self, trainer: L.Trainer, name: str, picture) -> None:
-        """To every logger, and as a file named by its batch in the stage's folder."""
-        log_picture(trainer, f"val/{name}", picture, step(trainer))
-        folder = Path(trainer.default_root_dir) / "pictures"
-        save_png(picture, folder / f"{name}_{step(trainer) + 1:06d}.png")
+    def interval(self, trainer: L.Trainer) -> int | None:
+        """In batches."""
+        if self.every_n_epochs is None:
+            return self.every_n_batches
+        data = trainer.datamodule
+        return self.every_n_epochs * math.ceil(len(data.source.train) / data.batch_size)
+
+    def evaluate(self, trainer: L.Trainer, module: StageModule) -> None:
+        raise NotImplementedError
 
 
 def log_figures(trainer: L.Trainer, figures: Mapping[str, float]) -> None:
@@ -52,53 +84,76 @@ def step(trainer: L.Trainer) -> int:
 class ReconstructionPictures(EvaluationCallback):
     """Fixed validation images beside their reconstruction after each scale."""
 
-    def __init__(self, evaluator: Evaluator, num_images: int = 12):
-        self.evaluator, self.num_images = evaluator, num_images
+    def __init__(self, evaluator: Evaluator, num_images: int = 12, **interval: int | None):
+        super().__init__(evaluator, **interval)
+        self.num_images = num_images
 
     def evaluate(self, trainer: L.Trainer, module: TokenizerModule) -> None:
         if trainer.is_global_zero:
             picture = self.evaluator.reconstruction_picture(module.evaluated, self.num_images)
-            self.show(trainer, "reconstructions", picture)
+            log_picture(trainer, "val/reconstructions", picture, step(trainer))
 
 
 class SamplePictures(EvaluationCallback):
     """A grid of samples by class, and the strip of what each scale adds."""
 
-    def __init__(self, evaluator: Evaluator, num_per_class: int = 4):
-        self.evaluator, self.num_per_class = evaluator, num_per_class
+    def __init__(self, evaluator: Evaluator, num_per_class: int = 4, **interval: int | None):
+        super().__init__(evaluator, **interval)
+        self.num_per_class = num_per_class
 
     def evaluate(self, trainer: L.Trainer, module: VARModule) -> None:
         if trainer.is_global_zero:
             drawn = self.evaluator.draw_per_class(
                 module.evaluated, module.tokenizer, self.num_per_class
             )
-            self.show(trainer, "samples", drawn.grid)
-            self.show(trainer, "coarse_to_fine", drawn.strip)
+            log_picture(trainer, "val/samples", drawn.grid, step(trainer))
+            log_picture(trainer, "val/coarse_to_fine", drawn.strip, step(trainer))
 
 
-class SampleScores(EvaluationCallback):
-    """FID, Inception Score and class accuracy of fresh samples."""
+class Scores(EvaluationCallback):
+    """Base: scores of the weights that are handed on, and of the others under a suffix.
 
-    def __init__(self, evaluator: Evaluator, num_samples: int = 200):
-        self.evaluator, self.num_samples = evaluator, num_samples
+    Args:
+        num_images: to measure on.
+        both_weights: score raw and averaged weights where both are there, else the first alone.
+        interval: every_n_batches, every_n_epochs.
+    """
 
-    def evaluate(self, trainer: L.Trainer, module: VARModule) -> None:
-        scores = self.evaluator.score_samples(module.evaluated, module.tokenizer, self.num_samples)
-        log_figures(trainer, scores)
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        num_images: int | None,
+        both_weights: bool = True,
+        **interval: int | None,
+    ):
+        super().__init__(evaluator, **interval)
+        self.num_images, self.both_weights = num_images, both_weights
+
+    def evaluate(self, trainer: L.Trainer, module: StageModule) -> None:
+        for suffix, network in module.both.items():
+            if suffix == "" or self.both_weights:
+                found = self.score(network, module)
+                log_figures(trainer, {f"{name}{suffix}": value for name, value in found.items()})
+
+    def score(self, network: nn.Module, module: StageModule) -> dict[str, float]:
+        raise NotImplementedError
 
 
-class ReconstructionScores(EvaluationCallback):
-    """Reconstruction FID, and what the judge finds right of reconstructions."""
+class SampleScores(Scores):
+    """FID, Inception Score, KID, precision, recall and class accuracy of fresh samples."""
 
-    def __init__(self, evaluator: Evaluator, num_images: int = 1000):
-        self.evaluator, self.num_images = evaluator, num_images
-
-    def evaluate(self, trainer: L.Trainer, module: TokenizerModule) -> None:
-        scores = self.evaluator.score_reconstructions(module.evaluated, self.num_images)
-        log_figures(trainer, scores)
+    def score(self, network: nn.Module, module: VARModule) -> dict[str, float]:
+        return self.evaluator.score_samples(network, module.tokenizer, self.num_images)
 
 
-class Curves(EvaluationCallback):
+class ReconstructionScores(Scores):
+    """The same of reconstructions, against the very images they are made of."""
+
+    def score(self, network: nn.Module, module: TokenizerModule) -> dict[str, float]:
+        return self.evaluator.score_reconstructions(network, self.num_images)
+
+
+class Curves(Callback):
     """`curves.png`: the validations so far, with the band where a figure is expected to end.
 
     Args:
@@ -118,7 +173,9 @@ class Curves(EvaluationCallback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history = state["history"]
 
-    def evaluate(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
+        if trainer.state.fn != "fit":
+            return
         for name, value in trainer.callback_metrics.items():
             if name.startswith("val/"):
                 self.history.setdefault(name, []).append((step(trainer) + 1, value.item()))
@@ -139,3 +196,13 @@ class Curves(EvaluationCallback):
             picture = curves(self.history, self.panels, bands)
             log_picture(trainer, "val/curves", picture, step(trainer))
             save_png(picture, Path(trainer.default_root_dir) / "curves.png")
+
+
+class Report(Callback):
+    """Refresh the run folder's `report.html` after each validation."""
+
+    def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
+        if trainer.state.fn == "fit" and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.save()  # the page reads what they wrote
+            write_report(Path(trainer.default_root_dir).parent)

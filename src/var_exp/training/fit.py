@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,8 @@ from lightning.pytorch.loggers import Logger
 from var_exp.checkpoint import find_checkpoint, read_checkpoint
 from var_exp.data import ImageDataModule
 from var_exp.training.bars import progress_bar
+from var_exp.training.loggers import Guarded
+from var_exp.training.monitor import Monitor
 from var_exp.training.progress import BatchProgress
 from var_exp.training.stage import StageModule
 
@@ -52,6 +54,7 @@ def fit_stage(
     seed: int,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Callable[..., Logger]] = (),
+    config: Mapping[str, Any] | None = None,
     resume: str = "auto",
 ) -> Fitted:
     """Train a module for `num_batches` global batches; leave its network with the best weights.
@@ -63,7 +66,8 @@ def fit_stage(
         run_dir: checkpoints go to `run_dir / module.stage`.
         val_every: batches between validations.
         seed: with the batch number and rank decides every random draw.
-        loggers: each called with `save_dir` and `version`.
+        loggers: each called with `save_dir` and `version`. None of them ends a run by failing.
+        config: of the whole run, as plain data: told to the loggers.
         resume: "auto" goes on from `last.ckpt` where there is one, "never" starts anew.
 
     Raises:
@@ -83,9 +87,10 @@ def fit_stage(
             val_check_interval=min(val_every, num_batches),
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
-            logger=[make(save_dir=str(run_dir), version=module.stage) for make in loggers],
+            logger=[Guarded(make, str(run_dir), module.stage) for make in loggers],
             callbacks=[
                 progress,
+                *([Monitor()] if loggers else []),  # before those that may take long
                 *callbacks,
                 progress_bar(module.stage),
                 best_checkpoint(folder, *module.monitor),
@@ -97,6 +102,7 @@ def fit_stage(
             seconds = progress_in(earlier)["seconds"]  # nothing is left to train
         else:
             last = None if earlier is None else last_checkpoint(folder)
+            begin(runner.loggers, config, anew=resume == "never")
             runner.fit(module, datamodule=datamodule, ckpt_path=last, weights_only=True)
             seconds = progress.seconds
             finish(runner.loggers)
@@ -198,12 +204,20 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.path)
 
 
-def finish(loggers: Sequence[Logger]) -> None:
+def begin(loggers: Sequence[Guarded], config: Mapping[str, Any] | None, anew: bool) -> None:
+    """Tell a stage's loggers what is run; let them forget an earlier training of the stage."""
+    for logger in loggers:
+        if anew:
+            logger.begin_anew()
+        if config:
+            logger.log_hyperparams(config)
+
+
+def finish(loggers: Sequence[Guarded]) -> None:
     """Close what a stage's loggers hold open, or the next stage would go on in their runs."""
     for logger in loggers:
         logger.finalize("success")
-        if hasattr(logger.experiment, "finish"):
-            logger.experiment.finish()
+        logger.finish()
 
 
 @contextmanager

@@ -1,64 +1,251 @@
-"""Loggers, and how pictures reach them."""
+"""Loggers: the same scalars and pictures to CSV, TensorBoard and W&B, whatever fails.
 
+Each of ours takes scalars by Lightning's `log_metrics`, and pictures by
+`log_image(key, images, step)`, the signature of Lightning's own W&B logger. Names are `train/...`,
+`val/...` and `speed/...`; a step is the number of a batch. In training every logger stands
+behind `Guarded`, which lets none of them end a run. The one for W&B is in `wandb_logger.py`.
+"""
+
+import csv
 import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import wandb
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.core.saving import save_hparams_to_yaml
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyExperiment, rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from var_exp.evaluation.pictures import save_png
+from var_exp.files import replacing
 
 
-def wandb_logger(save_dir: str, version: str, project: str, **options) -> WandbLogger:
-    """A W&B run: online where the user is logged in, else offline under `save_dir`.
+def log_picture(trainer: Trainer, key: str, picture: np.ndarray, step: int) -> None:
+    """Give a uint8 (H, W, 3) array to every logger."""
+    for logger in trainer.loggers:
+        logger.log_image(key, [picture], step=step)
+
+
+class Guarded(Logger):
+    """A logger whose failures do not end a run: reported once, tried again quietly.
+
+    A full disk may have room again and a network may come back, hence the further attempts. A
+    logger that could not even be made stays away.
 
     Args:
-        save_dir: the run folder.
-        version: the stage; both stages of a run folder share a group.
-        project: the W&B project.
-        options: further arguments of `wandb.init`.
+        make: gives the logger.
+        save_dir, version: what it is called with: the run folder, and the stage.
     """
-    # Without this W&B writes a few lines about itself between ours.
-    os.environ.setdefault("WANDB_SILENT", "true")
-    group = "/".join(os.path.normpath(save_dir).split(os.sep)[-2:])
-    if "mode" not in options and "WANDB_MODE" not in os.environ:
-        options["mode"] = "online" if wandb.login(prompt=False) else "offline"
-    return WandbLogger(
-        name=f"{group}/{version}",
-        group=group,
-        job_type=version,
-        project=project,
-        save_dir=save_dir,
-        **options,
-    )
+
+    def __init__(self, make: Callable[..., Logger], save_dir: str, version: str):
+        super().__init__()
+        self._save_dir, self._version, self._reported = save_dir, version, False
+        self._title = getattr(make, "func", make).__name__
+        self.logger: Logger | None = None
+        self.logger = self._attempt(lambda: make(save_dir=save_dir, version=version))
+
+    def _attempt(self, action: Callable[[], Any], otherwise: Any = None) -> Any:
+        try:
+            return action()
+        except Exception as error:  # whatever the loggers of others raise; never an interruption
+            self._report(error)
+            return otherwise
+
+    @rank_zero_only
+    def _report(self, error: Exception) -> None:
+        if self._reported:
+            return
+        self._reported = True
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(
+            f"logger: {self._title} failed ({reason}); training goes on, what it should have "
+            f"logged may be missing there",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """Call a method of the logger, if it has one of this name."""
+        if hasattr(type(self.logger), name):
+            self._attempt(lambda: getattr(self.logger, name)(*args, **kwargs))
+
+    def _read(self, name: str, otherwise: Any) -> Any:
+        if self.logger is None:
+            return otherwise
+        return self._attempt(lambda: getattr(self.logger, name), otherwise)
+
+    @property
+    def name(self) -> str | None:
+        return self._read("name", self._title)
+
+    @property
+    def version(self) -> int | str | None:
+        return self._read("version", self._version)
+
+    @property
+    def save_dir(self) -> str | None:
+        return self._read("save_dir", self._save_dir)
+
+    @property
+    def root_dir(self) -> str | None:
+        return self._read("root_dir", None)
+
+    @property
+    def log_dir(self) -> str | None:
+        return self._read("log_dir", None)
+
+    @property
+    def experiment(self) -> Any:
+        return self._read("experiment", DummyExperiment())
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        self._call("log_metrics", metrics, step=step)
+
+    def log_image(self, key: str, images: list, step: int | None = None) -> None:
+        self._call("log_image", key, images, step=step)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self._call("log_hyperparams", params, *args, **kwargs)
+
+    def log_graph(self, model: Any, input_array: Tensor | None = None) -> None:
+        self._call("log_graph", model, input_array)
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        self._call("after_save_checkpoint", checkpoint_callback)
+
+    def save(self) -> None:
+        self._call("save")
+
+    def finalize(self, status: str) -> None:
+        self._call("finalize", status)
+
+    def begin_anew(self) -> None:
+        """Forget what an earlier training of the stage left in the run folder."""
+        self._call("begin_anew")
+
+    def finish(self) -> None:
+        """Let go of what is held open: a later stage would go on in it."""
+        self._call("finish")
+
+
+class MetricsFile:
+    """Rows of a CSV file, appended; what is there already stays, through kills and full disks.
+
+    A row that was half written when an earlier process died is cut off. A new column rewrites
+    the file beside itself. What could not be written is kept and written with the next rows.
+    """
+
+    NAME = "metrics.csv"
+
+    def __init__(self, folder: str | os.PathLike):
+        self.path = Path(folder) / self.NAME
+        self.metrics: list[dict[str, Any]] = []  # not written yet; Lightning reads this name
+        self.columns: list[str] = []
+        self.hparams: dict[str, Any] = {}
+        if self.path.exists():
+            content = self.path.read_bytes()
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+            self.columns = next(csv.reader(content.decode().splitlines()), [])
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
+        row = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+        self.metrics.append(row | {"step": step})
+
+    def log_hparams(self, params: dict[str, Any]) -> None:
+        self.hparams |= params
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        save_hparams_to_yaml(str(self.path.with_name("hparams.yaml")), self.hparams)
+
+    def save(self) -> None:
+        if not self.metrics:
+            return
+        known = set(self.columns).union(*self.metrics)
+        if len(known) > len(self.columns):
+            self._widen(sorted(known))
+        size = self.path.stat().st_size
+        try:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerows(self.metrics)
+        except OSError:
+            os.truncate(self.path, size)
+            raise
+        self.metrics = []
+
+    def _widen(self, columns: Sequence[str]) -> None:
+        rows: list[dict[str, str]] = []
+        if self.path.exists():
+            with open(self.path, newline="") as file:
+                rows = list(csv.DictReader(file))
+        with replacing(self.path) as unfinished, open(unfinished, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        self.columns = list(columns)
 
 
 class ContinuedCSVLogger(CSVLogger):
-    """Lightning's CSV logger, which goes on in the file of an interrupted run.
+    """Rows in `<save_dir>/<name>/<version>/metrics.csv`, pictures as PNG files.
 
-    The original deletes it. Rows that the interrupted run logged after its last checkpoint
-    stand twice; for readers the later one counts.
+    Lightning's own deletes the file of an interrupted run; this one goes on in it. Rows that the
+    interrupted run logged after its last checkpoint stand twice; for readers the later one
+    counts. Pictures are `<save_dir>/<version>/pictures/<name>_<batches done>.png`.
     """
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
+    def experiment(self) -> MetricsFile:
         if self._experiment is None:
-            path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
-            earlier = path.read_text() if path.exists() else ""
-            self._experiment = ExperimentWriter(self.log_dir)
-            if earlier:
-                path.write_text(earlier)
-                self._experiment.metrics_keys = earlier.splitlines()[0].split(",")
+            self._experiment = MetricsFile(self.log_dir)
         return self._experiment
 
+    @property
+    def pictures(self) -> Path:
+        """Where the pictures go."""
+        return Path(self.save_dir, str(self.version), "pictures")
 
-def log_picture(trainer: Trainer, key: str, picture: np.ndarray, step: int) -> None:
-    """Give a uint8 (H, W, 3) array to every logger that takes pictures."""
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image(key, [picture], step=step)
-        elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(key, picture, step, dataformats="HWC")
+    @rank_zero_only
+    def log_image(self, key: str, images: list[np.ndarray], step: int) -> None:
+        """Write uint8 (H, W, 3) arrays; those after the first get a number."""
+        name = key.removeprefix("val/").replace("/", "_")
+        for i, image in enumerate(images):
+            suffix = f"_{i}" if i else ""
+            save_png(image, self.pictures / f"{name}{suffix}_{step + 1:06d}.png")
+
+    @rank_zero_only
+    def begin_anew(self) -> None:
+        forget(self.log_dir)
+        forget(self.pictures)
+
+
+class ImageTensorBoardLogger(TensorBoardLogger):
+    """Lightning's, with `log_image`, and without the scalar `hp_metric` that it adds."""
+
+    def __init__(self, save_dir: str, **options: Any):
+        super().__init__(save_dir, default_hp_metric=False, **options)
+
+    @rank_zero_only
+    def log_image(self, key: str, images: list[np.ndarray], step: int) -> None:
+        """Log uint8 (H, W, 3) arrays; those after the first get a number."""
+        for i, image in enumerate(images):
+            name = f"{key}_{i}" if i else key
+            self.experiment.add_image(name, image, step, dataformats="HWC")
+
+    @rank_zero_only
+    def begin_anew(self) -> None:
+        forget(self.log_dir)
+
+    @rank_zero_only
+    def finish(self) -> None:
+        self.experiment.close()
+
+
+def forget(folder: str | os.PathLike) -> None:
+    """Delete a folder of logs, if it is there."""
+    if Path(folder).exists():
+        shutil.rmtree(folder)

@@ -100,11 +100,29 @@ class StageModule(L.LightningModule):
     @property
     def evaluated(self) -> nn.Module:
         """The network that validation and sampling use."""
-        averaged = getattr(self, f"averaged_{self.network_name}", self.network)
-        return averaged if self.weights == "averaged" else self.network
+        return self.both[""]
+
+    @property
+    def both(self) -> dict[str, nn.Module]:
+        """What may be scored in training, by the suffix of its keys: "" is what is handed on."""
+        averaged = getattr(self, f"averaged_{self.network_name}", None)
+        if averaged is None:
+            return {"": self.network}
+        if self.weights == "raw":
+            return {"": self.network, "_averaged": averaged}
+        return {"": averaged, "_raw": self.network}
+
+    @property
+    def handed_on(self) -> str:
+        """Which weights are: "averaged", or "raw" also where no average is kept."""
+        return self.weights if self.average_decay > 0 else "raw"
 
     def final_scores(self, evaluator: Evaluator, folder: Path) -> dict[str, float]:
         """Measure the finished network, and write its pictures into `folder`."""
+        raise NotImplementedError
+
+    def protocol(self, evaluator: Evaluator) -> dict[str, Any]:
+        """How the final scores were obtained, as plain data."""
         raise NotImplementedError
 
     def keep_average(self) -> None:
@@ -146,6 +164,11 @@ class StageModule(L.LightningModule):
                 group["weight_decay"] = decay
         self.log("train/lr", optimizers[0].param_groups[0]["lr"])
         self.log("train/weight_decay", decay)
+
+    @property
+    def workload(self) -> str:
+        """A name for how much a batch computes; of another name, it computes more or less."""
+        return "whole"
 
     def check_length(self, num_batches: int) -> None:
         """Raise ValueError where a stage of so many batches cannot do what it is asked to."""

@@ -81,6 +81,9 @@ class TokenizerModule(StageModule):
     def final_scores(self, evaluator: Evaluator, folder: Path) -> dict[str, float]:
         return evaluator.conclude_tokenizer(self.tokenizer, folder)
 
+    def protocol(self, evaluator: Evaluator) -> dict[str, Any]:
+        return evaluator.protocol_of_reconstructions(self.tokenizer, self.handed_on)
+
     # -- training -------------------------------------------------------------------------
 
     def make_optimizers(self) -> list[Optimizer]:
@@ -93,6 +96,10 @@ class TokenizerModule(StageModule):
     def on_progress(self, batch: int, num_batches: int) -> None:
         super().on_progress(batch, num_batches)
         self.factor = self.adversary.factor(batch, num_batches) if self.adversary else 0.0
+
+    @property
+    def workload(self) -> str:
+        return "with adversary" if self.factor > 0 else "whole"
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         parts = [images for (images,) in self.split(batch.images)]

@@ -115,6 +115,9 @@ class VARModule(StageModule):
     def final_scores(self, evaluator: Evaluator, folder: Path) -> dict[str, float]:
         return evaluator.conclude_var(self.evaluated, self.tokenizer, folder)
 
+    def protocol(self, evaluator: Evaluator) -> dict[str, Any]:
+        return evaluator.protocol_of_samples(self.tokenizer, self.handed_on)
+
     def check_length(self, num_batches: int) -> None:
         if self.progressive:
             self.progressive.check(self.transformer.schedule.num_scales, num_batches)
@@ -127,6 +130,10 @@ class VARModule(StageModule):
         if self.progressive:
             self.scales = self.progressive(batch / num_batches, self.scales.num_scales)
             self.log("train/num_scales", float(self.scales.num_scales))
+
+    @property
+    def workload(self) -> str:
+        return f"{self.scales.num_scales} scales"
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         optimizer = self.optimizers()

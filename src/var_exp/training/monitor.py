@@ -1,0 +1,163 @@
+"""How fast a stage trains and what holds it up, logged as `speed/...`.
+
+    images_per_second   of all processes together
+    data_wait           share of the time spent waiting for the next batch, in [0, 1]
+    tflops              10^12 floating-point operations a second, of one device
+    share_of_peak       the same as a share of what a large matrix product reaches there
+    memory_gb           largest resident size of this process so far, in 10^9 bytes
+    device_memory_gb    most memory that torch held on the accelerator so far, where there is one
+    hours_left          until the end of the stage, validations and evaluations included
+
+All but the first are those of the first process. The time of a batch is from asking for it to
+having trained on it, so that validations, evaluations and checkpoints count only in `hours_left`,
+which is reckoned from this session's batches alone: an interruption does not bend it. Operations
+are counted in one batch for each amount of work that a batch may be; that batch is slow, and is
+left out of the times. Where none of its operators are known, the figures are left out.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.profilers import Profiler
+
+from var_exp.training.machine import FlopCounter, peak_flops
+from var_exp.training.stage import StageModule
+
+
+
+class Monitor(Callback):
+    """Log `speed/...` at the trainer's logging interval.
+
+    Stands before callbacks that evaluate, or their time would be that of a batch.
+    """
+
+    def __init__(self) -> None:
+        self.flops: dict[str, int] = {}  # operations of a batch in one process, by `workload`
+        self.counter: FlopCounter | None = None
+        self.watched: Profiler | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"flops": self.flops}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.flops = state["flops"]
+
+    # -- watching -------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
+        self.first, self.since = 0, 0.0  # the first batch in `hours_left`, and when it began
+        self.reset()
+        if trainer.is_global_zero:
+            dtype = torch.bfloat16 if "bf16" in trainer.precision else torch.float32
+            self.peak = peak_flops(module.device, dtype)
+            self.watched = trainer.profiler
+            trainer.profiler = FetchWatch(self.watched, self.on_ask, self.on_fetched)
+
+    def reset(self) -> None:
+        """Begin the sums of an interval."""
+        self.batches, self.busy, self.waited, self.work = 0, 0.0, 0.0, 0
+
+    def on_ask(self) -> None:
+        self.asked = time.perf_counter()
+
+    def on_fetched(self) -> None:
+        self.fetched = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: StageModule, *_) -> None:
+        if trainer.is_global_zero and module.workload not in self.flops:
+            self.counter = FlopCounter()
+            self.counter.__enter__()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: StageModule, *_) -> None:
+        if not trainer.is_global_zero:
+            return
+        now = time.perf_counter()
+        if self.counter is not None:
+            self.flops[module.workload] = self.counter.flops
+            self.stop_counting()
+        else:
+            self.batches += 1
+            self.busy += now - self.asked
+            self.waited += self.fetched - self.asked
+            self.work += self.flops[module.workload]
+        if not self.since:
+            self.first, self.since = module.batch + 1, now
+        every = trainer.log_every_n_steps
+        if self.batches and every and (module.batch + 1) % every == 0:
+            figures = self.figures(trainer, module, now)
+            module.log_dict(
+                {f"speed/{name}": value for name, value in figures.items()}, rank_zero_only=True
+            )
+            self.reset()
+
+    def stop_counting(self) -> None:
+        if self.counter is not None:
+            self.counter.__exit__(None, None, None)
+            self.counter = None
+
+    def on_train_end(self, trainer: L.Trainer, module: StageModule) -> None:
+        if self.watched is not None:
+            trainer.profiler, self.watched = self.watched, None
+
+    def on_exception(self, trainer: L.Trainer, module: StageModule, *_) -> None:
+        self.stop_counting()
+        self.on_train_end(trainer, module)
+
+    # -- figures --------------------------------------------------------------------------
+
+    def figures(self, trainer: L.Trainer, module: StageModule, now: float) -> dict[str, float]:
+        """Of the interval that ends now."""
+        data = trainer.datamodule
+        figures = {
+            "images_per_second": data.batch_size * self.batches / self.busy,
+            "data_wait": self.waited / self.busy,
+            "memory_gb": resident_bytes() / 1e9,
+        }
+        if module.device.type != "cpu":
+            device = torch.get_device_module(module.device)
+            figures["device_memory_gb"] = device.max_memory_allocated(module.device) / 1e9
+        if self.work:
+            figures["tflops"] = self.work / self.busy / 1e12
+            figures["share_of_peak"] = self.work / self.busy / self.peak
+        done = module.batch + 1 - self.first
+        if done:
+            left = data.num_batches - module.batch - 1
+            figures["hours_left"] = (now - self.since) / done * left / 3600
+        return figures
+
+
+class FetchWatch(Profiler):
+    """Another profiler, watched for when the loop asks for a batch and when it has it."""
+
+    FETCH = "[_TrainingEpochLoop].train_dataloader_next"
+
+    def __init__(
+        self, profiler: Profiler, on_ask: Callable[[], None], on_fetched: Callable[[], None]
+    ):
+        super().__init__()
+        self.profiler, self.on_ask, self.on_fetched = profiler, on_ask, on_fetched
+
+    def start(self, action_name: str) -> None:
+        self.profiler.start(action_name)
+        if action_name == self.FETCH:
+            self.on_ask()
+
+    def stop(self, action_name: str) -> None:
+        if action_name == self.FETCH:
+            self.on_fetched()
+        self.profiler.stop(action_name)
+
+    def summary(self) -> str:
+        return self.profiler.summary()
+
+
+def resident_bytes() -> int:
+    """Largest resident size of this process so far."""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
