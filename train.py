@@ -6,6 +6,7 @@ python train.py 'stages=[tokenizer]'     one stage alone
 python train.py --cfg job                what would run
 """
 
+import difflib
 import functools
 import math
 from pathlib import Path
@@ -218,6 +219,9 @@ def fit(cfg: DictConfig, module: StageModule, data, evaluator: Evaluator, run_di
         run_dir=run_dir,
         callbacks=own,
         loggers=[instantiate(c) for c in cfg.logger.values()],
+        config=OmegaConf.to_container(
+            OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True
+        ),
         **course(cfg, module.stage, data.source),
     )
 
@@ -233,7 +237,11 @@ def report_bad_images(source: ImageSource) -> None:
 def main(cfg: DictConfig) -> float | None:
     metrics = train(cfg, Path(HydraConfig.get().runtime.output_dir).resolve())
     if cfg.objective and cfg.objective not in metrics:
-        raise ValueError(f"objective: expected one of {sorted(metrics)}, got {cfg.objective!r}")
+        raise ValueError(
+            f"objective: expected a figure of metrics.json, such as "
+            f"{', '.join(difflib.get_close_matches(cfg.objective, metrics, n=5, cutoff=0.3))}; got "
+            f"{cfg.objective!r}"
+        )
     return metrics[cfg.objective] if cfg.objective else None
 
 

@@ -89,7 +89,7 @@ def make_module(stage, dropout=0.2, loss=None, scale_drop=0.3, **changes):
 ONE = {"devices": 1, "precision": "32-true"}
 
 
-def run(stage, source, folder, *callbacks, seed=0, val_every=3, trainer=ONE, **changes):
+def run(stage, source, folder, *callbacks, seed=0, val_every=3, trainer=ONE, loggers=(), **changes):
     """Fit a module, up to the end or to an interruption: the module, and its losses by batch."""
     module = make_module(stage, **changes)
     options = {"accelerator": "cpu", "enable_model_summary": False} | ONE | trainer
@@ -106,6 +106,7 @@ def run(stage, source, folder, *callbacks, seed=0, val_every=3, trainer=ONE, **c
             val_every=val_every,
             seed=seed,
             callbacks=[*callbacks, losses],
+            loggers=loggers,
         )
     except Interruption:
         pass

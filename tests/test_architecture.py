@@ -41,7 +41,7 @@ MAY_IMPORT = {
 
 # Libraries that only some rooms may know.
 ONLY_IN = {
-    "lightning": {"training", "data"},
+    "lightning": {"training", "data", "processes"},
     "pytorch_lightning": set(),
     "hydra": {"cli"},
     "omegaconf": {"cli"},

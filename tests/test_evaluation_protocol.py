@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import torch
-from var_exp.evaluation.reference import Reference
 
 from var_exp.evaluation import ClassifierFeatures, ScoreSettings, protocol
+from var_exp.evaluation.reference import Reference
 from var_exp.scales import ScaleSchedule
 
 REFERENCE = Reference(np.zeros(64), np.eye(64), 9, None, None, {"what": "digits train"})

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-from var_exp.evaluation.reference import Reference
 
 from tiny import SCALES
 from var_exp.evaluation import FeatureNetwork, Features, ScoreSettings
+from var_exp.evaluation.reference import Reference
 from var_exp.evaluation.scorer import SampleScorer
 from var_exp.sampling import Samples
 

@@ -30,7 +30,6 @@ from var_exp.training.machine import FlopCounter, peak_flops
 from var_exp.training.stage import StageModule
 
 
-
 class Monitor(Callback):
     """Log `speed/...` at the trainer's logging interval.
 
