@@ -6,8 +6,13 @@ python sample.py ckpt=runs/latest evaluate=true           FID and others, into m
 python sample.py ckpt=runs/latest num_samples=0 export=DIR   the networks in one portable folder
 """
 
+from var_exp.interruption import Interrupted, Interruption, leave
+
+interruption = Interruption()
+if __name__ == "__main__":
+    interruption.install()  # before the slow imports: a signal may come while they last
+
 import json
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +40,7 @@ from var_exp.evaluation.sample_set import SampleSet
 from var_exp.official import MODELS, save_official
 from var_exp.pipeline import VARPipeline
 from var_exp.processes import check_processes, choose_device, joined
+from var_exp.slurm import requeue
 from var_exp.sources import Found, read_networks, read_published
 
 EXPORTS = {"export": "portable folder", "export_official": "published files"}
@@ -255,9 +261,13 @@ def score(
 def main(cfg: DictConfig) -> None:
     try:
         sample(cfg, Path(HydraConfig.get().runtime.output_dir))
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
+    except Interrupted as stop:  # every file is whole or not there
+        requeue(stop)
+        leave(stop)
 
 
 if __name__ == "__main__":
-    launch(main, "sample")
+    try:
+        launch(main, "sample")
+    finally:
+        interruption.release()

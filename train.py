@@ -4,15 +4,26 @@ python train.py                          both stages on the embedded digits
 python train.py data=shapes              other images
 python train.py 'stages=[tokenizer]'     one stage alone
 python train.py --cfg job                what would run
+python train.py check=true ...           what is wrong, and what it would take: docs/preflight.md
 """
+
+from var_exp.interruption import Interrupted, Interruption, forget_trace, is_first, leave
+
+interruption = Interruption()
+if __name__ == "__main__":
+    interruption.install()  # before the slow imports: a signal may come while they last
 
 import difflib
 import functools
 import math
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import hydra
+import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -21,22 +32,32 @@ from torch import nn
 
 from var_exp.cli import (
     launch,
+    parts_from_files,
     point_latest,
     read_metrics,
     record_composition,
+    recorded,
     report_errors,
     summary,
+    without_parts,
     write_metrics,
 )
+from var_exp.continuation import changed_code, check_changes
 from var_exp.data import ImageDataModule, ImageSource
+from var_exp.environment import environment
 from var_exp.evaluation import ScoreSettings
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.evaluation.report import write_report
+from var_exp.lock import locked
+from var_exp.preflight import Job, preflight
+from var_exp.processes import given_by_torchrun
 from var_exp.sampling import check_settings
 from var_exp.scales import ScaleSchedule
+from var_exp.slurm import requeue
 from var_exp.sources import read_tokenizer
 from var_exp.tokenizer import VQVAE
-from var_exp.training.fit import check_precision, check_stage, fit_stage
+from var_exp.training.fit import check_precision, check_share, check_stage, fit_stage, quiet
+from var_exp.training.saving import newest_path
 from var_exp.training.stage import StageModule
 from var_exp.transfer import warm_start_from
 from var_exp.transformer import VAR
@@ -52,9 +73,13 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     modules = make_modules(cfg, data.source, tokenizer)  # all of them: mistakes show now
     for stage, module in modules.items():
         check_stage(module, run_dir, **course(cfg, stage, data.source))
+        with quiet():
+            check_share(stage, cfg.model[stage].batch_size, make_trainer(cfg)(logger=False))
+    tell_changes(cfg, run_dir)
     evaluator = make_evaluator(cfg, data.source, run_dir)
-    record_composition(cfg, run_dir)
-    point_latest(Path(cfg.runs_dir), run_dir)
+    if is_first():
+        record_composition(cfg, run_dir)
+        point_latest(Path(cfg.runs_dir), run_dir)
 
     metrics = read_metrics(run_dir / "metrics.json")  # of a stage that was run here before
     for stage, module in modules.items():
@@ -76,6 +101,11 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
 
 def check_choices(cfg: DictConfig) -> None:
     """Raise ValueError for what would otherwise show only after a stage was trained."""
+    for check in CHOICES:
+        check(cfg)
+
+
+def check_stages(cfg: DictConfig) -> None:
     if list(cfg.stages) not in (["tokenizer", "var"], ["tokenizer"], ["var"]):
         raise ValueError(
             f"stages: expected [tokenizer,var], [tokenizer] or [var], got {list(cfg.stages)}"
@@ -85,6 +115,9 @@ def check_choices(cfg: DictConfig) -> None:
             f"tokenizer_ckpt: {cfg.tokenizer_ckpt!r} would be ignored, since stages has the "
             f"tokenizer; use 'stages=[var]' to train on it, or leave it out"
         )
+
+
+def check_evaluation(cfg: DictConfig) -> None:
     counts = {name: cfg.evaluation[name] for name in ("num_samples", "num_samples_val")}
     smallest = max(2, cfg.evaluation.scores.num_neighbours + 1)
     if min(counts.values()) < smallest or cfg.evaluation.batch_size < 1:
@@ -93,13 +126,23 @@ def check_choices(cfg: DictConfig) -> None:
             f"more than evaluation.scores.num_neighbours) and a batch_size of at least 1, got "
             f"{counts} and {cfg.evaluation.batch_size}"
         )
+
+
+def check_objective(cfg: DictConfig) -> None:
     if cfg.objective and cfg.objective.partition("/")[0] not in cfg.stages:
         raise ValueError(
             f"objective: expected a metric of one of the stages {list(cfg.stages)}, such as "
             f"{cfg.stages[-1]}/loss, got {cfg.objective!r}"
         )
-    check_precision(cfg.trainer.precision)
-    check_settings(**cfg.sampling, seed=cfg.seed)
+
+
+CHOICES = (
+    check_stages,
+    check_evaluation,
+    check_objective,
+    lambda cfg: check_precision(cfg.trainer.precision),
+    lambda cfg: check_settings(**cfg.sampling, seed=cfg.seed),
+)
 
 
 def course(cfg: DictConfig, stage: str, source: ImageSource) -> dict[str, Any]:
@@ -119,6 +162,7 @@ def course(cfg: DictConfig, stage: str, source: ImageSource) -> dict[str, Any]:
         "val_every": model.val_every,
         "seed": cfg.seed,
         "resume": cfg.resume,
+        "save_every": model.save_every,
     }
 
 
@@ -130,16 +174,12 @@ def make_data(cfg: DictConfig) -> ImageDataModule:
     return data
 
 
-def make_tokenizer(cfg: DictConfig, source: ImageSource, run_dir: Path) -> VQVAE:
+def make_tokenizer(
+    cfg: DictConfig, source: ImageSource, run_dir: Path, device: str = "cpu"
+) -> VQVAE:
     """A new tokenizer, or the one that stage two alone continues from."""
     if "tokenizer" in cfg.stages:
-        torch.manual_seed(cfg.seed)
-        tokenizer = instantiate(
-            cfg.tokenizer,
-            encoder={"in_channels": source.channels},
-            decoder={"out_channels": source.channels},
-            _convert_="all",
-        )
+        tokenizer = new_tokenizer(cfg, source, device)
         warm_start_from(cfg.init_from, tokenizer, cfg.stages)
     else:
         own = run_dir if (run_dir / "tokenizer").is_dir() else None
@@ -160,6 +200,17 @@ def make_tokenizer(cfg: DictConfig, source: ImageSource, run_dir: Path) -> VQVAE
     return tokenizer
 
 
+def new_tokenizer(cfg: DictConfig, source: ImageSource, device: str) -> VQVAE:
+    torch.manual_seed(cfg.seed)
+    with torch.device(device):
+        return instantiate(
+            cfg.tokenizer,
+            encoder={"in_channels": source.channels},
+            decoder={"out_channels": source.channels},
+            _convert_="all",
+        )
+
+
 def make_modules(cfg: DictConfig, source: ImageSource, tokenizer: VQVAE) -> dict[str, StageModule]:
     """The stages' modules, in order. They share the tokenizer, which stage one trains in place."""
     networks: dict[str, dict[str, nn.Module]] = {"tokenizer": {"tokenizer": tokenizer}}
@@ -168,23 +219,25 @@ def make_modules(cfg: DictConfig, source: ImageSource, tokenizer: VQVAE) -> dict
             "tokenizer": tokenizer,
             "transformer": make_transformer(cfg, source, tokenizer),
         }
-    return {
-        stage: instantiate(cfg.model[stage].module, _partial_=True, _convert_="all")(
-            **networks[stage]
-        )
-        for stage in cfg.stages
-    }
+    return {stage: make_module(cfg, stage, networks[stage]) for stage in cfg.stages}
 
 
-def make_transformer(cfg: DictConfig, source: ImageSource, tokenizer: VQVAE) -> VAR:
+def make_module(cfg: DictConfig, stage: str, networks: Mapping[str, nn.Module]) -> StageModule:
+    return instantiate(cfg.model[stage].module, _partial_=True, _convert_="all")(**networks)
+
+
+def make_transformer(
+    cfg: DictConfig, source: ImageSource, tokenizer: VQVAE, device: str = "cpu"
+) -> VAR:
     torch.manual_seed(cfg.seed)
-    transformer = instantiate(
-        cfg.transformer,
-        vocab_size=tokenizer.quantizer.vocab_size,
-        code_dim=tokenizer.quantizer.code_dim,
-        num_classes=source.num_classes,
-        _convert_="all",
-    )
+    with torch.device(device):
+        transformer = instantiate(
+            cfg.transformer,
+            vocab_size=tokenizer.quantizer.vocab_size,
+            code_dim=tokenizer.quantizer.code_dim,
+            num_classes=source.num_classes,
+            _convert_="all",
+        )
     warm_start_from(cfg.init_from, transformer, cfg.stages)
     return transformer
 
@@ -206,7 +259,63 @@ def make_evaluator(cfg: DictConfig, source: ImageSource, run_dir: Path) -> Evalu
     )
 
 
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration of the run, as plain data."""
+    return OmegaConf.to_container(
+        OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True
+    )
+
+
+def tell_changes(cfg: DictConfig, run_dir: Path) -> None:
+    """Say what is different from when the run was started; raise ValueError if it matters."""
+    begun = [stage for stage in ("tokenizer", "var") if newest_path(run_dir / stage)]
+    if not begun or cfg.resume != "auto" or not is_first():
+        return
+    was, room = recorded(run_dir)
+    found = check_changes(run_dir, was, plain(cfg), begun) + changed_code(room, environment())
+    if found:
+        print(f"resume: different from when the run was started: {'; '.join(map(str, found))}")
+
+
+# -- the check before a big job -------------------------------------------------------------
+
+
+def check_job(cfg: DictConfig, run_dir: Path) -> int:
+    """Say what is wrong with a job and what it would take; the exit code."""
+    if cfg.check not in (True, "all"):
+        raise ValueError(f"check: expected false, true or all, got {cfg.check!r}")
+    found = preflight(
+        Job(
+            stages=list(cfg.stages),
+            choices=[functools.partial(c, cfg) for c in CHOICES]
+            + [functools.partial(tell_changes, cfg, run_dir)],
+            files=parts_from_files(cfg),
+            source=lambda: instantiate(cfg.data, _convert_="all"),
+            tokenizer=lambda source: make_tokenizer(cfg, source, run_dir, "meta"),
+            new_tokenizer=functools.partial(new_tokenizer, cfg, device="meta"),
+            transformer=functools.partial(make_transformer, cfg, device="meta"),
+            module=lambda stage, networks, failed: make_module(
+                without_parts(cfg, failed), stage, networks
+            ),
+            course=functools.partial(course, cfg),
+            check_stage=lambda module, **lengths: check_stage(module, run_dir, **lengths),
+            trainer=OmegaConf.to_container(cfg.trainer, resolve=True),
+            loggers={name: instantiate(c) for name, c in cfg.logger.items()},
+            places=[run_dir, Path(cfg.runs_dir), Path(cfg.evaluation.cache)],
+            samples=cfg.evaluation.batch_size,
+            seed=cfg.seed,
+            num_workers=cfg.datamodule.num_workers,
+            everything=cfg.check == "all",
+        )
+    )
+    return found.tell()
+
+
 # -- one stage ------------------------------------------------------
+
+
+def make_trainer(cfg: DictConfig) -> Callable[..., L.Trainer]:
+    return instantiate(cfg.trainer, **given_by_torchrun(), _partial_=True)
 
 
 def fit(cfg: DictConfig, module: StageModule, data, evaluator: Evaluator, run_dir: Path):
@@ -215,13 +324,12 @@ def fit(cfg: DictConfig, module: StageModule, data, evaluator: Evaluator, run_di
     return fit_stage(
         module,
         data,
-        instantiate(cfg.trainer, _partial_=True),
+        make_trainer(cfg),
         run_dir=run_dir,
         callbacks=own,
         loggers=[instantiate(c) for c in cfg.logger.values()],
-        config=OmegaConf.to_container(
-            OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True
-        ),
+        config=plain(cfg),
+        interruption=interruption,
         **course(cfg, module.stage, data.source),
     )
 
@@ -235,7 +343,16 @@ def report_bad_images(source: ImageSource) -> None:
 @hydra.main(version_base=None, config_path="conf", config_name="train")
 @report_errors
 def main(cfg: DictConfig) -> float | None:
-    metrics = train(cfg, Path(HydraConfig.get().runtime.output_dir).resolve())
+    if cfg.check:
+        sys.exit(check_job(cfg, Path(cfg.run_dir).resolve()) if is_first() else 0)
+    run_dir = Path(HydraConfig.get().runtime.output_dir).resolve()
+    try:
+        with locked(run_dir) if is_first() else nullcontext():
+            forget_trace(run_dir)
+            metrics = train(cfg, run_dir)
+    except Interrupted as stop:
+        requeue(stop)
+        leave(stop, run_dir)
     if cfg.objective and cfg.objective not in metrics:
         raise ValueError(
             f"objective: expected a figure of metrics.json, such as "
@@ -246,4 +363,9 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    launch(main, "train")
+    try:
+        if {"check=true", "check=all"} & set(sys.argv):
+            sys.argv.append("hydra.run.dir=.")  # or Hydra makes the folder of the run
+        launch(main, "train")
+    finally:
+        interruption.release()

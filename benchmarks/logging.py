@@ -2,12 +2,13 @@
 
     python -m benchmarks.logging
 
-Trains a transformer and switches, every ten batches (one logging interval), between nothing at
-all and what is to be measured, so that whatever else the machine does meets all of them alike. A
+Trains each stage and switches, every ten batches (one logging interval), between nothing at all
+and what is to be measured, so that whatever else the machine does meets all of them alike. A
 difference is taken within a round of switches, and the median over the rounds counts. The
 milliseconds that logging adds do not depend on what a batch computes, so they are taken where
 they stand out, on a light batch, and stated as a share of the default job's step, measured in
-the same process. Validations, pictures and checkpoints are no part of it. Writes
+the same process. All are of processor time on one thread, which is the time of a clock where
+nothing else runs. Validations, pictures and checkpoints are no part of it. Writes
 `benchmarks/results/logging.json` and prints the table.
 """
 
@@ -18,33 +19,41 @@ import json
 import os
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
-import lightning
 import torch
-import wandb
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 
 import train
-from benchmarks.collapse import machine
 from var_exp.cli import CONF
+from var_exp.environment import machine
 from var_exp.training.fit import fit_stage
 from var_exp.training.monitor import Monitor
 from var_exp.training.stage import StageModule
 
 ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("tokenizer", "var")
 DEFAULT = ["logger=all"]
-LIGHT = [*DEFAULT, "transformer.depth=1", "model.var.batch_size=2"]
+LIGHT = [
+    *DEFAULT,
+    "tokenizer.encoder.width=16",
+    "transformer.depth=1",
+    "transformer.width=16",
+    "transformer.num_heads=2",
+    "model.tokenizer.batch_size=2",
+    "model.var.batch_size=2",
+]
 NOTHING = "nothing"
-MODES = {  # name -> loggers in use; all but the first call `self.log`
+MODES = {  # name -> loggers in use
     NOTHING: (),
-    "calls of self.log, no logger": (),
-    "CSV, speed": ("csv",),
-    "CSV, W&B offline, speed": ("csv", "wandb"),
-    "CSV, TensorBoard, speed": ("csv", "tensorboard"),
+    "CSV": ("csv",),
+    "CSV, W&B offline": ("csv", "wandb"),
+    "CSV, TensorBoard": ("csv", "tensorboard"),
 }
 WARM_UP = 3  # intervals
 
@@ -61,41 +70,35 @@ class Alternate(Callback):
         # The first callback of all: the interval begins with what the others do.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]
         self.monitor = next(c for c in trainer.callbacks if isinstance(c, Monitor))
+        self.profilers = {False: self.monitor.watched, True: trainer.profiler}
+        self.every = trainer.log_every_n_steps
         self.loggers = dict(zip(self.names, trainer.loggers, strict=True))
 
     def on_train_batch_start(self, trainer, module: StageModule, batch, i: int) -> None:
         if i % self.interval == 0:
-            now = time.perf_counter()
+            now = time.process_time()
             if i >= (WARM_UP + 1) * self.interval:
                 self.seconds[self.mode].append((now - self.began) / self.interval)
-            self.switch(trainer, module, i // self.interval)
-            self.began = time.perf_counter()
+            self.switch(trainer, i // self.interval)
+            self.began = time.process_time()
 
-    def switch(self, trainer, module: StageModule, number: int) -> None:
+    def switch(self, trainer, number: int) -> None:
         """Rounds begin with another mode each time, since a switch may cost something too."""
         round_, place = divmod(number - WARM_UP, len(self.modes))
         self.mode = self.modes[(place + round_) % len(self.modes)]
         trainer.loggers = [self.loggers[name] for name in MODES[self.mode]]
-        others = [c for c in trainer.callbacks if c is not self.monitor]
-        trainer.callbacks = others
-        if trainer.loggers:
-            trainer.callbacks = [*others[:2], self.monitor, *others[2:]]
+        logs = bool(trainer.loggers)
+        trainer.log_every_n_steps = self.every if logs else 0
+        trainer.profiler = self.profilers[logs]
+        trainer.callbacks = [c for c in trainer.callbacks if c is not self.monitor]
+        if logs:
+            trainer.callbacks.insert(2, self.monitor)  # behind this one and the count of batches
             self.monitor.reset()
-        silent = self.mode == NOTHING
-        module.log = ignore if silent else type(module).log.__get__(module)
-        module.log_dict = ignore if silent else type(module).log_dict.__get__(module)
-
-    def on_validation_start(self, trainer, module: StageModule) -> None:
-        module.log, module.log_dict = (
-            getattr(type(module), name).__get__(module) for name in ("log", "log_dict")
-        )
 
 
-def ignore(*args, **kwargs) -> None:
-    pass
-
-
-def measure(overrides: list[str], rounds: int, modes: list[str]) -> dict[str, list[float]]:
+def measure(
+    stage: str, overrides: list[str], rounds: int, modes: list[str]
+) -> dict[str, list[float]]:
     """Seconds a batch, by mode and round."""
     with initialize_config_dir(str(CONF), version_base=None):
         cfg = compose("train", overrides=overrides)
@@ -103,7 +106,7 @@ def measure(overrides: list[str], rounds: int, modes: list[str]) -> dict[str, li
     os.environ["WANDB_MODE"] = "offline"
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = train.make_tokenizer(cfg, data.source, Path(folder))
-        module = train.make_modules(cfg, data.source, tokenizer)["var"]
+        module = train.make_modules(cfg, data.source, tokenizer)[stage]
         num_batches = (WARM_UP + rounds * len(modes) + 1) * cfg.trainer.log_every_n_steps
         alternate = Alternate(cfg.trainer.log_every_n_steps, list(cfg.logger), modes)
         with contextlib.redirect_stderr(io.StringIO()):  # progress lines
@@ -112,7 +115,7 @@ def measure(overrides: list[str], rounds: int, modes: list[str]) -> dict[str, li
                 data,
                 instantiate(cfg.trainer, _partial_=True),
                 run_dir=Path(folder),
-                batch_size=cfg.model.var.batch_size,
+                batch_size=cfg.model[stage].batch_size,
                 num_batches=num_batches,
                 val_every=num_batches,
                 seed=cfg.seed,
@@ -128,7 +131,8 @@ def summary(seconds: dict[str, list[float]], step: float) -> dict[str, dict[str,
     Medians over the rounds, and the quartiles of what is added.
     """
     found = {}
-    for mode, times in seconds.items():
+    for mode in list(seconds)[1:]:
+        times = seconds[mode]
         added = [ours - none for ours, none in zip(times, seconds[NOTHING], strict=True)]
         low, middle, high = quantiles(added, n=4)
         found[mode] = {
@@ -139,37 +143,42 @@ def summary(seconds: dict[str, list[float]], step: float) -> dict[str, dict[str,
     return found
 
 
-def table(found: dict[str, dict], step: float) -> str:
-    head = f"| logging | ms added to a batch | of the default step of {1000 * step:.0f} ms |"
-    rows = [head, "| --- | --- | --- |"]
-    for mode, row in found.items():
-        low, high = row["added_ms_quartiles"]
-        added = f"{row['added_ms']:.2f} ({low:.2f} to {high:.2f})"
-        rows.append(f"| {mode} | {added} | {100 * row['share_of_step']:.2f} % |")
+def table(results: dict[str, dict]) -> str:
+    rows = [
+        "| stage | loggers | ms added to a batch | of a default step |",
+        "| --- | --- | --- | --- |",
+    ]
+    for stage, found in results.items():
+        for mode, row in found["modes"].items():
+            low, high = row["added_ms_quartiles"]
+            added = f"{row['added_ms']:.2f} ({low:.2f} to {high:.2f})"
+            share = f"{100 * row['share_of_step']:.2f} % of {found['default_step_ms']:.0f} ms"
+            rows.append(f"| {stage} | {mode} | {added} | {share} |")
     return "\n".join(rows)
+
+
+def measure_stage(stage: str, rounds: int) -> dict[str, Any]:
+    step = median(measure(stage, DEFAULT, rounds // 4, [NOTHING])[NOTHING])
+    seconds = measure(stage, LIGHT, rounds, list(MODES))
+    return {
+        "overrides": LIGHT,
+        "default_step_ms": 1000 * step,
+        "light_step_ms": 1000 * median(seconds[NOTHING]),
+        "modes": summary(seconds, step),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    step = median(measure(DEFAULT, args.rounds // 4, [NOTHING])[NOTHING])
-    seconds = measure(LIGHT, args.rounds, list(MODES))
-    found = summary(seconds, step)
-    versions = {"lightning": lightning.__version__, "wandb": wandb.__version__}
-    about = {
-        "machine": machine() | versions | {"threads": args.threads},
-        "rounds": args.rounds,
-        "overrides": LIGHT,
-        "default_step_ms": 1000 * step,
-        "light_step_ms": 1000 * median(seconds[NOTHING]),
-        "results": found,
-    }
+    torch.set_num_threads(1)
+    about = {**machine(), "date": date.today().isoformat(), "threads": 1}
+    about |= {"rounds": args.rounds, "interval": 10}
+    results = {stage: measure_stage(stage, args.rounds) for stage in STAGES}
     path = ROOT / "benchmarks" / "results" / "logging.json"
-    path.write_text(json.dumps(about, indent=1) + "\n")
-    print(table(found, step))
+    path.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+    print(table(results))
 
 
 if __name__ == "__main__":

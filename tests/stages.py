@@ -42,7 +42,7 @@ class Losses(Callback):
         self.seen = {}
 
     def on_train_batch_end(self, trainer, module, outputs, batch, i):
-        self.seen[progress(trainer)] = trainer.callback_metrics["train/loss"].item()
+        self.seen[progress(trainer)] = module.figures["train/loss"].item()
 
 
 class Validations(Callback):
@@ -89,24 +89,28 @@ def make_module(stage, dropout=0.2, loss=None, scale_drop=0.3, **changes):
 ONE = {"devices": 1, "precision": "32-true"}
 
 
-def run(stage, source, folder, *callbacks, seed=0, val_every=3, trainer=ONE, loggers=(), **changes):
-    """Fit a module, up to the end or to an interruption: the module, and its losses by batch."""
-    module = make_module(stage, **changes)
+FIT = ("seed", "batch_size", "val_every", "loggers", "resume", "save_every", "interruption")
+
+
+def run(stage, source, folder, *callbacks, trainer=ONE, **changes):
+    """Fit a module, up to the end or to a kill: the module, and its losses by batch.
+
+    `changes` are arguments of `fit_stage` and of the module.
+    """
+    given = {"seed": 0, "batch_size": 6, "val_every": 3} | {k: v for k, v in changes.items() if k in FIT}
+    module = make_module(stage, **{k: v for k, v in changes.items() if k not in FIT})
     options = {"accelerator": "cpu", "enable_model_summary": False} | ONE | trainer
     trainer = functools.partial(L.Trainer, **options)
     losses = Losses()
     try:
         fit_stage(
             module,
-            ImageDataModule(source, seed=seed),
+            ImageDataModule(source, seed=given["seed"]),
             trainer,
             run_dir=folder,
-            batch_size=6,
             num_batches=NUM_BATCHES,
-            val_every=val_every,
-            seed=seed,
             callbacks=[*callbacks, losses],
-            loggers=loggers,
+            **given,
         )
     except Interruption:
         pass

@@ -14,15 +14,17 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 NETWORKS = {"scales", "spec", "tokenizer", "transformer"}
 FILES = {"files"}  # how files are written and read
 RANKS = {"ranks"}
+SIGNALS = {"interruption"}
 
 # room: the rooms of ours that it may import, besides itself.
 MAY_IMPORT = {
-    "__init__": {"api", "sampling", "scales", "official", "pipeline"},
+    "__init__": set(),
     "scales": set(),
     "spec": set(),
     "files": set(),
     "environment": set(),
     "ranks": set(),
+    "interruption": set(),
     "processes": set(),
     "tokenizer": {"scales", "spec"} | RANKS,
     "transformer": {"scales", "spec"},
@@ -32,11 +34,19 @@ MAY_IMPORT = {
     "official": NETWORKS | FILES | {"sampling"},
     "pipeline": NETWORKS | FILES | {"sampling", "checkpoint"},
     "sources": NETWORKS | FILES | {"checkpoint", "official", "pipeline"},
-    "transfer": NETWORKS | {"sources"},
-    "data": {"scales"},
+    "transfer": NETWORKS | SIGNALS | {"sources"},
+    "data": {"scales"} | FILES | SIGNALS,
     "evaluation": NETWORKS | FILES | RANKS | {"sampling", "checkpoint"},
-    "training": NETWORKS | FILES | {"sampling", "checkpoint", "data", "evaluation"},
-    "cli": FILES | {"environment"},
+    "training": NETWORKS
+    | FILES
+    | RANKS
+    | SIGNALS
+    | {"sampling", "checkpoint", "data", "evaluation"},
+    "lock": set(),
+    "slurm": SIGNALS,
+    "continuation": set(),
+    "preflight": NETWORKS | SIGNALS | {"data", "training", "cli"},
+    "cli": FILES | SIGNALS | RANKS | {"environment", "lock", "processes"},
 }
 
 # Libraries that only some rooms may know.
@@ -46,7 +56,11 @@ ONLY_IN = {
     "hydra": {"cli"},
     "omegaconf": {"cli"},
     "wandb": {"training"},
+    "wandb_workspaces": {"training"},
     "huggingface_hub": {"official"},
+    "datasets": {"data"},
+    "pyarrow": {"data"},
+    "fsspec": {"data"},
 }
 
 each_source = pytest.mark.parametrize(

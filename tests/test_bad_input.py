@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from command import QUICK, Finished, files, run, run_for_real
-from var_exp.checkpoint import KEY, read_checkpoint
+from var_exp.checkpoint import KEY, read_checkpoint, write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +115,7 @@ def test_a_run_folder_of_other_networks_is_not_continued(other, named, copied, t
 def test_a_tokenizer_that_changed_under_the_transformer_is_refused(copied, tmp_path):
     content = read_checkpoint(copied / "var" / "last.ckpt")
     content[KEY]["tokenizer_fingerprint"] = "0" * 16
-    torch.save(content, copied / "var" / "last.ckpt")
+    write_checkpoint(content, copied / "var" / "last.ckpt")
     done = run("train", f"run_dir={copied}", f"runs_dir={tmp_path}", *QUICK)
     assert_refused(done, "tokenizer_fingerprint", "0" * 16)
 

@@ -15,6 +15,7 @@ from var_exp.checkpoint import (
     find_checkpoint,
     load_networks,
     read_checkpoint,
+    write_checkpoint,
 )
 from var_exp.sampling import generate
 from var_exp.training.average import averaged_copy
@@ -38,7 +39,7 @@ def var_checkpoint(tokenizer, transformer, average=None):
 @pytest.fixture
 def file(tmp_path, tokenizer, transformer):
     path = tmp_path / "model.ckpt"
-    torch.save(var_checkpoint(tokenizer, transformer), path)
+    write_checkpoint(var_checkpoint(tokenizer, transformer), path)
     return path
 
 
@@ -87,7 +88,7 @@ def test_networks_of_any_kind_come_back(tmp_path, block):
     scales = [[1, 2], [2, 4]]
     quantizer = tiny_quantizer(scales, ema=True, per_scale=True, cosine=True, num_phi=2)
     tokenizer, transformer = tiny_tokenizer(quantizer), tiny_transformer(scales, block, False)
-    torch.save(var_checkpoint(tokenizer, transformer), tmp_path / "x.ckpt")
+    write_checkpoint(var_checkpoint(tokenizer, transformer), tmp_path / "x.ckpt")
     loaded = load_networks(tmp_path / "x.ckpt")
     for ours, theirs in zip(loaded[:2], (tokenizer, transformer), strict=True):
         assert ours.spec == theirs.spec
@@ -99,7 +100,7 @@ def test_networks_of_any_kind_come_back(tmp_path, block):
 def test_a_tokenizers_checkpoint_has_no_transformer(tmp_path, tokenizer):
     info = describe("tokenizer", {"tokenizer": tokenizer}, [])
     content = {"state_dict": prefixed("tokenizer", tokenizer), KEY: info}
-    torch.save(content, tmp_path / "x.ckpt")
+    write_checkpoint(content, tmp_path / "x.ckpt")
     loaded = load_networks(tmp_path / "x.ckpt")
     assert loaded.transformer is None
     assert loaded.tokenizer.fingerprint() == tokenizer.fingerprint()
@@ -111,7 +112,7 @@ def test_the_average_is_taken_where_there_is_one_unless_raw_weights_are_asked_fo
     average = averaged_copy(transformer)
     average.position.add_(1)
     path = tmp_path / "averaged.ckpt"
-    torch.save(var_checkpoint(tokenizer, transformer, average), path)
+    write_checkpoint(var_checkpoint(tokenizer, transformer, average), path)
     for source, weights, expected in (
         (path, "averaged", average),
         (path, "raw", transformer),
@@ -156,7 +157,7 @@ def test_code_in_a_file_is_named_and_not_run(tmp_path, file, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = torch.load(file, weights_only=True)
     content["callbacks"] = Smuggler()
-    torch.save(content, file)
+    write_checkpoint(content, file)
     assert "mkdir" in refusal(file)
     file.write_bytes(pickle.dumps(content))
     refusal(file)
@@ -167,13 +168,13 @@ def test_a_file_cannot_name_code_as_its_network(tmp_path, file, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = torch.load(file, weights_only=True)
     content[KEY]["networks"]["tokenizer"] = {"_target_": "os.mkdir", "path": "smuggled"}
-    torch.save(content, file)
+    write_checkpoint(content, file)
     assert "'os.mkdir' is not a network of var-exp" in refusal(file)
     assert not (tmp_path / "smuggled").exists()
 
 
 def test_a_refusal_does_not_explain_how_to_run_the_code_all_the_same(file):
-    torch.save({KEY: Smuggler()}, file)
+    write_checkpoint({KEY: Smuggler()}, file)
     assert "weights_only" not in refusal(file)
 
 
@@ -199,7 +200,7 @@ def test_noise_and_damaged_pickles_are_refused(file):
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, {"model": torch.zeros(2)}, [1, 2], 3])
 def test_a_foreign_file_is_refused(file, content):
-    torch.save(content, file)
+    write_checkpoint(content, file)
     assert "is not a checkpoint of var-exp" in refusal(file)
 
 
@@ -259,7 +260,7 @@ def empty_about(content):
 def test_a_file_whose_parts_do_not_fit_is_refused_with_the_part(file, damage, named):
     content = torch.load(file, weights_only=True)
     damage(content)
-    torch.save(content, file)
+    write_checkpoint(content, file)
     message = refusal(file)
     assert "does not hold the networks it describes" in message and named in message
 
@@ -271,5 +272,5 @@ def test_a_file_whose_parts_do_not_fit_is_refused_with_the_part(file, damage, na
 def test_a_file_of_another_program_or_version_is_refused(file, about, named):
     content = torch.load(file, weights_only=True)
     content[KEY] = about
-    torch.save(content, file)
+    write_checkpoint(content, file)
     assert named in refusal(file)

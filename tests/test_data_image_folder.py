@@ -7,7 +7,8 @@ from PIL import Image
 from torchvision import transforms
 
 from var_exp.data import ImageDataModule, ImageFolder
-from var_exp.data.image_folder import read_image, resize_to_cover
+from var_exp.data.encoded import resize_to_cover
+from var_exp.data.image_folder import read_image
 from var_exp.data.source import rng_for
 
 

@@ -22,6 +22,8 @@ from var_exp.tokenizer import (
 class Witness(Codebook):
     """Remembers what it is told about the data."""
 
+    learns_from_vectors = True
+
     def __init__(self, *args):
         super().__init__(*args)
         self.starts, self.updates = [], []

@@ -36,7 +36,8 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer, module, *_):
         self.figures[progress(trainer)] = {
-            name: value.item() for name, value in trainer.callback_metrics.items()
+            name: float(value)
+            for name, value in (trainer.callback_metrics | module.figures).items()
         }
         self.steps[progress(trainer)] = trainer.global_step
 

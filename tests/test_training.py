@@ -14,9 +14,10 @@ from stages import (
     run,
     weights,
 )
-from var_exp.checkpoint import KEY, load_networks, read_checkpoint
+from var_exp.checkpoint import KEY, load_networks, read_checkpoint, write_checkpoint
 from var_exp.data import ImageDataModule
-from var_exp.training.fit import fit_stage, progress_in
+from var_exp.training.fit import fit_stage
+from var_exp.training.saving import progress_in
 from var_exp.training.tokenizer_module import perplexity, usage
 
 
@@ -78,7 +79,7 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(digits, tmp_path):
     run("var", digits, tmp_path, Interrupt(5))
     content = read_checkpoint(tmp_path / "var" / "last.ckpt")
     content[KEY]["tokenizer_fingerprint"] = "0" * 16
-    torch.save(content, tmp_path / "var" / "last.ckpt")
+    write_checkpoint(content, tmp_path / "var" / "last.ckpt")
     with pytest.raises(ValueError, match="tokenizer_fingerprint 0000000000000000"):
         run("var", digits, tmp_path)
 

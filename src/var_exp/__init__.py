@@ -1,21 +1,34 @@
-"""var-exp: train, sample and measure visual autoregressive models (next-scale prediction)."""
+"""var-exp: train, sample and measure visual autoregressive models (next-scale prediction).
 
-from var_exp.api import build, build_tokenizer, next_scale_prediction, recommended_defaults
-from var_exp.official import load_official, official_state_dict, save_official
-from var_exp.pipeline import VARPipeline
-from var_exp.sampling import generate
-from var_exp.scales import ScaleSchedule, total_tokens
+What is public is imported when it is first used, so that `var_exp.interruption` can be imported
+before anything slow.
+"""
 
-__all__ = [
-    "ScaleSchedule",
-    "VARPipeline",
-    "build",
-    "build_tokenizer",
-    "generate",
-    "load_official",
-    "next_scale_prediction",
-    "official_state_dict",
-    "recommended_defaults",
-    "save_official",
-    "total_tokens",
-]
+import importlib
+from typing import Any
+
+_PLACES = {
+    "ScaleSchedule": "scales",
+    "VARPipeline": "pipeline",
+    "build": "api",
+    "build_tokenizer": "api",
+    "generate": "sampling",
+    "load_official": "official",
+    "next_scale_prediction": "api",
+    "official_state_dict": "official",
+    "recommended_defaults": "api",
+    "save_official": "official",
+    "total_tokens": "scales",
+}
+
+__all__ = [*_PLACES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"var_exp.{_PLACES[name]}"), name)
+    raise AttributeError(f"module 'var_exp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

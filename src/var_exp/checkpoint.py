@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from var_exp.files import read_tensors
+from var_exp.files import check_seal, read_tensors, replacing, seal, sync
 from var_exp.spec import build
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
 
-FORMAT = 3
+FORMAT = 4
 KEY = "var_exp"
 
 
@@ -74,6 +75,26 @@ def find_checkpoint(path: str | Path, stages: Sequence[str] = ("var", "tokenizer
     )
 
 
+def write_checkpoint(content: dict[str, Any], path: str | Path, keep: Path | None = None) -> None:
+    """Write a checkpoint that verifies itself, whole or not at all, and on the disk at the end.
+
+    Args:
+        keep: where the file that stood at `path` goes.
+
+    Raises:
+        OSError: it could not be written; what stood at `path` stays.
+    """
+    path = Path(path)
+    with replacing(path, keep) as unfinished:
+        try:
+            torch.save(content, unfinished)
+        except RuntimeError as error:  # how torch says that the disk is full
+            raise OSError(str(error).splitlines()[0]) from None
+        seal(unfinished)
+        sync(unfinished)
+    sync(path.parent)
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load one of our checkpoints on the CPU, as plain data and tensors only.
 
@@ -94,6 +115,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"checkpoint: {str(path)!r} has format {content[KEY].get('format')}, this version "
             f"reads {FORMAT}; use the version of var-exp that wrote it"
         )
+    try:
+        check_seal(path)  # last: files that are none of ours are told by what they hold
+    except ValueError as error:
+        raise ValueError(f"checkpoint: {str(path)!r}: {error}") from None
     return content
 
 

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +14,17 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from var_exp import lock
 from var_exp.environment import environment
 from var_exp.files import replacing
+from var_exp.interruption import RESUMABLE, TRACE
+from var_exp.processes import agree_on_start
+from var_exp.ranks import is_distributed
 
 SHOWN = (  # how keys of figures begin that say most
     *("psnr", "ssim", "loss", "acc", "class_accuracy", "fid", "rfid", "inception_score"),
@@ -30,6 +36,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 
 def launch(main: Callable[[], None], config_name: str) -> None:
     """Run a `@hydra.main` function; where Hydra refuses an override, name the nearest key."""
+    agree_on_start()
     try:
         main()
     except SystemExit as stop:
@@ -87,9 +94,40 @@ def report_errors(function: Callable[[DictConfig], object]) -> Callable[[DictCon
             if os.environ.get("HYDRA_FULL_ERROR") == "1" or not ours:
                 raise
             remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
-            sys.exit(f"error: {first_cause(error)}")
+            sys.exit(f"error: {first_cause(error)}" if speaks() else 1)
+        except RuntimeError as error:
+            if not is_of_another_process(error) or os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            sys.exit(leave_with_the_others(Path(HydraConfig.get().runtime.output_dir)))
 
     return wrapped
+
+
+def speaks() -> bool:
+    """Whether this process says what went wrong.
+
+    Before processes have met, all of a machine make the same mistake, and its first one says so.
+    """
+    names = ("LOCAL_RANK", "SLURM_LOCALID")
+    local_rank = int(next((os.environ[name] for name in names if name in os.environ), 0))
+    return local_rank == 0 or is_distributed()
+
+
+def is_of_another_process(error: RuntimeError) -> bool:
+    """Whether this is how the end of another process of the run looks from here."""
+    told = str(error)
+    return any(name in told for name in ("gloo", "NCCL", "Connection closed by peer"))
+
+
+def leave_with_the_others(run_dir: Path) -> int:
+    """Say that another process of the run has ended; the exit code, by what ended it."""
+    print(
+        "error: another process of this run has ended, which says why where it printed; what was "
+        "saved is whole, the same command goes on",
+        file=sys.stderr,
+        flush=True,
+    )
+    return RESUMABLE if (run_dir / TRACE).exists() else 1
 
 
 def first_cause(error: BaseException) -> str:
@@ -107,7 +145,13 @@ def first_cause(error: BaseException) -> str:
 
 
 def remove_if_empty(run_dir: Path) -> None:
-    """Delete the folder that Hydra made for a run, and the folder around it, if they are empty."""
+    """Delete the folder that Hydra made for a run, and the folder around it, if they are empty.
+
+    A lock that was given back, and is empty then, is nothing.
+    """
+    names = [path.name for path in run_dir.iterdir()] if run_dir.is_dir() else []
+    if names == [lock.NAME] and (run_dir / lock.NAME).stat().st_size == 0:
+        (run_dir / lock.NAME).unlink()
     for folder in (run_dir, run_dir.parent):
         if folder.resolve() != Path.cwd():
             with contextlib.suppress(OSError):  # it holds something
@@ -135,6 +179,24 @@ def record_composition(config: DictConfig, run_dir: Path) -> None:
     OmegaConf.save(hydra.overrides.task, folder / "overrides.yaml")
     with replacing(run_dir / "environment.json") as unfinished:
         unfinished.write_text(json.dumps(environment(), indent=2) + "\n")
+
+
+def recorded(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configuration and the environment that a run was started with, as plain data.
+
+    Raises:
+        ValueError: they are missing, or cannot be read.
+    """
+    path = run_dir / ".hydra" / "config.yaml"
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        return config, json.loads((run_dir / "environment.json").read_text())
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(
+            f"resume: {str(run_dir)!r} has checkpoints, but not what they were trained with ("
+            f"{first_cause(error)}); begin a new run folder where this one is (resume={run_dir} "
+            f"with a new run_dir), or anew (resume=never)"
+        ) from None
 
 
 class Metrics(NamedTuple):
@@ -190,3 +252,36 @@ def table(title: str, rows: Mapping[str, object]) -> str:
 
 def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# -- what a composition needs besides itself ------------------------------------------------
+
+PERCEPTUAL = "model.tokenizer.module.loss.perceptual"
+
+
+def parts_from_files(cfg: DictConfig) -> dict[str, Callable[[], object]]:
+    """What makes each part of a training that is read from a file of others, by its key."""
+    keys = [PERCEPTUAL, "adversary"] if "tokenizer" in cfg.stages else []
+    chosen = {key: OmegaConf.select(cfg, key) for key in keys}
+    parts = {key: functools.partial(instantiate, c) for key, c in chosen.items() if c is not None}
+    if "weights" in cfg.evaluation.network:  # others are trained on the images
+        parts["evaluation.network"] = lambda: instantiate(cfg.evaluation.network)(None, None)
+    if cfg.evaluation.reference:
+        parts["evaluation.reference"] = lambda: find_reference(cfg.evaluation.reference)
+    return parts
+
+
+def find_reference(path: str) -> Path:
+    if not Path(path).is_file():
+        raise ValueError(f"evaluation: there is no file {path!r} (evaluation.reference=PATH)")
+    return Path(path)
+
+
+def without_parts(cfg: DictConfig, keys: Iterable[str]) -> DictConfig:
+    """The composition without some of those parts."""
+    cfg = cfg.copy()
+    for key in keys:
+        OmegaConf.update(cfg, key, None)
+        if key == PERCEPTUAL:
+            cfg.model.tokenizer.module.loss.lpips = 0
+    return cfg

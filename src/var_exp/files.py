@@ -1,5 +1,6 @@
-"""Files that are whole or not there, and that are read without running what they hold."""
+"""Files that are whole or not there, that verify themselves, and are read without running them."""
 
+import hashlib
 import os
 import warnings
 import zipfile
@@ -12,20 +13,81 @@ import torch
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, keep: str | os.PathLike | None = None) -> Iterator[Path]:
     """A path beside `path` to write to; it takes its place once the block has ended well.
 
     Whoever is killed or fails within the block leaves what stood at `path` as it was. The
     process number is in the name, so that two processes do not write to one file.
+
+    Args:
+        keep: where what stood at `path` goes. Both steps are renames: a kill between them leaves
+            nothing at `path`, and all at `keep`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield beside
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- seals ----------------------------------------------------------------------------------
+
+SEAL = b"sha256:"
+SEAL_LENGTH = len(SEAL) + hashlib.sha256().digest_size * 2
+
+
+def seal(path: str | os.PathLike) -> None:
+    """Put the SHA-256 of a zip file, as `torch.save` writes it, into the comment at its end.
+
+    So the file verifies itself, whole and in one piece, and stays what it was for other readers.
+    """
+    with open(path, "r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        assert file.read() == b"\0\0", "a zip file with a comment"
+        file.seek(-2, os.SEEK_END)
+        file.write(SEAL_LENGTH.to_bytes(2, "little"))
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.write(SEAL + digest.encode())
+
+
+def check_seal(path: str | os.PathLike) -> None:
+    """Raise ValueError unless the file is there, and to the bit what was sealed."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - SEAL_LENGTH))
+            written = file.read()
+            if not written.startswith(SEAL):
+                raise ValueError("damaged: the file is not whole")
+            file.seek(0)
+            digest, left = hashlib.sha256(), size - SEAL_LENGTH
+            while left > 0 and (block := file.read(min(left, 1 << 20))):
+                digest.update(block)
+                left -= len(block)
+    except FileNotFoundError:
+        raise ValueError("there is no such file") from None
+    except OSError as error:
+        raise ValueError(f"it cannot be read ({error.strerror})") from None
+    if written != SEAL + digest.hexdigest().encode():
+        raise ValueError("damaged: its content is not what was written")
+
+
+# -- reading --------------------------------------------------------------------------------
 
 
 def read_tensors(path: str | os.PathLike, mapped: bool = False) -> Any:

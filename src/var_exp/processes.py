@@ -1,12 +1,13 @@
 """Several processes that share one job: started here, by torchrun, or by Slurm.
 
-For programs that only share work out; training has Lightning's Trainer for it.
+`joined` is for programs that only share work out; training has Lightning's Trainer for it.
 """
 
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import torch
@@ -80,9 +81,8 @@ def joined(device: torch.device, devices: int, num_nodes: int) -> Iterator[Proce
         devices, num_nodes: processes on a machine, and machines. Under torchrun, which has
             decided, its numbers count.
     """
-    if dist.is_torchelastic_launched():
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        num_nodes = int(os.environ["WORLD_SIZE"]) // devices
+    given = given_by_torchrun()
+    devices, num_nodes = given.get("devices", devices), given.get("num_nodes", num_nodes)
     if devices * num_nodes == 1:
         yield Processes(0, 1, device)
         return
@@ -94,9 +94,36 @@ def joined(device: torch.device, devices: int, num_nodes: int) -> Iterator[Proce
     fabric.launch()
     try:
         yield Processes(fabric.global_rank, fabric.world_size, fabric.device)
-    except BaseException as error:
+    except BaseException:
         for child in fabric.strategy.launcher.procs:  # who would wait for this one
             child.kill()
-        if isinstance(error, KeyboardInterrupt) and fabric.global_rank > 0:
-            os._exit(1)  # the first process says so
         raise
+
+
+# -- what the launcher of several processes says ------------------------------------------------
+
+START = "VAR_EXP_START"  # names the run folder, where the command line does not
+
+
+def given_by_torchrun() -> dict[str, int]:
+    """`devices` (processes on a machine) and `num_nodes` as torchrun has decided; else nothing."""
+    if not dist.is_torchelastic_launched():
+        return {}
+    devices = int(os.environ["LOCAL_WORLD_SIZE"])
+    return {"devices": devices, "num_nodes": int(os.environ["WORLD_SIZE"]) // devices}
+
+
+def agree_on_start() -> None:
+    """Let processes that torchrun or Slurm started together have one name for their start.
+
+    Each alone would take the time at which it came so far, and they would write to two folders.
+    A job that is started again, by torchrun after a failure or from Slurm's queue, has the name
+    that it had before, and so it goes on.
+    """
+    if dist.is_torchelastic_launched():
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        store = dist.TCPStore(host, port, is_master=False)  # torchrun's own
+        os.environ[START] = store.compare_set(START, "", now).decode()
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        os.environ[START] = f"job_{os.environ['SLURM_JOB_ID']}_{os.environ['SLURM_STEP_ID']}"

@@ -1,5 +1,8 @@
 """Which of several processes this one is. One process alone is the first of one."""
 
+import math
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -25,11 +28,50 @@ def share(count: int) -> range:
     return range(rank(), count, world_size())
 
 
+def common_batches(count: int, batch_size: int) -> int:
+    """How many batches every process has, where `share` splits `count` things."""
+    return math.ceil(count // world_size() / batch_size)
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum over all processes, in place of the values."""
     if is_distributed():
         dist.all_reduce(values)
     return values
+
+
+def max_over_ranks(value: int, device: torch.device) -> int:
+    """The largest value of all processes; each has a device of the kind that they talk by."""
+    if not is_distributed():
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def from_first(values: Tensor) -> Tensor:
+    """The values of the first process in all of them, in place."""
+    if is_distributed():
+        dist.broadcast(values, src=0)
+    return values
+
+
+def of_whole_batch(values: Tensor) -> Tensor:
+    """What all processes have of a batch, in the order that it has in one process.
+
+    Each has every world_size-th image: (B / world_size, ...) -> (B, ...), without gradient.
+    """
+    if not is_distributed():
+        return values
+    values = values.contiguous()
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values)
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def own_part(values: Tensor) -> Tensor:
+    """This process's every world_size-th row; the inverse of `of_whole_batch`."""
+    return values[rank() :: world_size()]
 
 
 def barrier() -> None:

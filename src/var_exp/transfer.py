@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from var_exp.interruption import is_first
 from var_exp.sources import Found, read_networks
 from var_exp.tokenizer import VQVAE, Codebook
 from var_exp.transformer import VAR
@@ -67,7 +68,8 @@ def warm_start_from(
         start(network, source)
     except ValueError as error:
         raise ValueError(f"init_from: {str(path)!r}: {error}") from None
-    print(f"init_from: the {name} starts from {found.path}")
+    if is_first():
+        print(f"init_from: the {name} starts from {found.path}")
 
 
 def _check_held(path: str | os.PathLike, found: Found, stages: Sequence[str]) -> None:

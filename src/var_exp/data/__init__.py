@@ -5,6 +5,7 @@ from var_exp.data.digits import Digits
 from var_exp.data.image_folder import ImageFolder
 from var_exp.data.sampler import GlobalBatchSampler
 from var_exp.data.shapes import Shapes
+from var_exp.data.shards import Shards
 from var_exp.data.source import Batch, ImageSource
 from var_exp.data.torchvision_sets import CIFAR10, MNIST
 
@@ -18,4 +19,5 @@ __all__ = [
     "ImageSource",
     "MNIST",
     "Shapes",
+    "Shards",
 ]

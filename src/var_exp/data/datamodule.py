@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from var_exp.data.sampler import GlobalBatchSampler
 from var_exp.data.source import Batch, ImageSource, RawImage, rng_for
+from var_exp.interruption import ignore_signals
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -73,6 +74,7 @@ class ImageDataModule(L.LightningDataModule):
             rank=self.rank,
             world_size=self.world_size,
             start_batch=self.start_batch,
+            order=self.source.order,
         )
         return self._loader(TrainItems(self.source, self.seed), batch_sampler=sampler)
 
@@ -88,6 +90,7 @@ class ImageDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.pin_memory,
+            worker_init_fn=ignore_signals,
             collate_fn=collate,
             **options,
         )

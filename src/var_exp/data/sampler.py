@@ -1,6 +1,6 @@
 """Which images make up batch b: a pure function of (seed, b), split over ranks.
 
-Lay the epochs end to end, each one permutation of the set seeded by (seed, epoch). Global
+Lay the epochs end to end, each one permutation of the set given by (seed, epoch). Global
 batch b is positions [b * batch_size, (b + 1) * batch_size) of that line; it may span two
 epochs, so no batch is ever short. Rank r of R takes every R-th position from the r-th, so
 the union over the ranks is the same batch whatever R is.
@@ -10,11 +10,12 @@ length stays that of the whole run, because Lightning counts on from b against i
 number of batches left, a run resumed before its middle would end early without a word.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from var_exp.data.source import rng_for
+from var_exp.data.source import epoch_order
 
 
 class GlobalBatchSampler:
@@ -23,6 +24,7 @@ class GlobalBatchSampler:
     num_samples: images in one epoch
     batch_size:  images in one global batch, over all ranks
     num_batches: batches in the whole run, those before `start_batch` included
+    order:       (seed, epoch) -> the permutation (num_samples,); None for one at random
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class GlobalBatchSampler:
         rank: int = 0,
         world_size: int = 1,
         start_batch: int = 0,
+        order: Callable[[int, int], np.ndarray] | None = None,
     ):
         if num_samples < 1:
             raise ValueError(f"the training set has {num_samples} images, expected at least 1")
@@ -51,6 +54,7 @@ class GlobalBatchSampler:
         self.rank = rank
         self.world_size = world_size
         self.start_batch = start_batch
+        self.order = order or functools.partial(epoch_order, num_samples)
 
     def __len__(self) -> int:
         """Batches in the whole run: a resumed Trainer has already counted the first ones."""
@@ -64,11 +68,6 @@ class GlobalBatchSampler:
             for position in range(first + self.rank, first + self.batch_size, self.world_size):
                 if position // self.num_samples != epoch:
                     epoch = position // self.num_samples
-                    order = epoch_order(self.num_samples, self.seed, epoch)
+                    order = self.order(self.seed, epoch)
                 items.append((epoch, int(order[position % self.num_samples])))
             yield items
-
-
-def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order (num_samples,) in which an epoch goes through the set."""
-    return rng_for(seed, epoch).permutation(num_samples)

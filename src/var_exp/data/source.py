@@ -91,6 +91,13 @@ class ImageSource:
         """-> (train, val), each with dataset[i] -> (raw image, label)."""
         raise NotImplementedError
 
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The order (N,) in which an epoch goes through `train`, each image once.
+
+        Sets that are quicker to read in another order than one at random override it.
+        """
+        return epoch_order(len(self.train), seed, epoch)
+
     def train_transform(self, image: RawImage, rng: np.random.Generator) -> Tensor:
         """raw image -> (C, H, W) in [-1, 1]; whatever is random about it comes from `rng`."""
         return self.val_transform(image)
@@ -134,6 +141,11 @@ def to_unit_range(image: RawImage) -> Tensor:
 def rng_for(seed: int, *path: int) -> np.random.Generator:
     """An independent stream of random numbers for each (seed, path), in any process."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=path))
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """An order (num_samples,) at random, another one in each epoch."""
+    return rng_for(seed, epoch).permutation(num_samples)
 
 
 def stratified_split(labels: Sequence[int], num_val: int, seed: int) -> tuple[list, list]:

@@ -1,4 +1,4 @@
-"""Curves over a stage's validations, as a picture.
+"""Figures over a stage's validations as pictures: curves, and heat maps with a row for each scale.
 
 Drawn with matplotlib's object interface: no window, no global state, safe in any process.
 """
@@ -34,12 +34,46 @@ def curves(
     Returns:
         uint8 (H, W, 3).
     """
-    figure = Figure(figsize=(5.5 * len(panels), 4), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    for axes, (title, patterns) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
+    figure, row = _row_of_axes(len(panels))
+    for axes, (title, patterns) in zip(row, panels.items(), strict=True):
         _panel(axes, title, patterns, history, bands)
+    return _pixels(figure)
+
+
+def heat_maps(history: Mapping[str, Curve], panels: Mapping[str, str]) -> np.ndarray:
+    """A map for each group of figures: a row for each scale, a column for each validation.
+
+    Args:
+        history: figures by name.
+        panels: title -> a pattern of names, such as `val/usage_scale_*`.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    figure, row = _row_of_axes(len(panels))
+    for axes, (title, pattern) in zip(row, panels.items(), strict=True):
+        names = [name for name in history if fnmatch(name, pattern)]
+        batches = sorted({batch for name in names for batch, _ in history[name]})
+        values = np.full((len(names), len(batches)), np.nan)
+        for i, name in enumerate(names):
+            for batch, value in history[name]:
+                values[i, batches.index(batch)] = value
+        image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
+        figure.colorbar(image, ax=axes)
+        axes.set_yticks(range(len(names)), [name.rpartition("scale_")[2] for name in names])
+        shown = np.unique(np.linspace(0, len(batches) - 1, min(len(batches), 6)).astype(int))
+        axes.set_xticks(shown, [str(batches[i]) for i in shown])
+        axes.set(title=title, xlabel="batch", ylabel="scale")
+    return _pixels(figure)
+
+
+def _row_of_axes(count: int) -> tuple[Figure, Sequence[Axes]]:
+    figure = Figure(figsize=(5.5 * count, 4), dpi=110, layout="constrained")
+    return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 

@@ -7,53 +7,36 @@ figures do not depend on the number of processes. Pictures are drawn by whoever 
     B batch, N samples, K scales
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from var_exp.evaluation import protocol
+from var_exp.evaluation.drawing import MAX_ROWS, Drawing, device_of, load, rebuild
 from var_exp.evaluation.features import FeatureNetwork, Features
-from var_exp.evaluation.fidelity import FeatureBank, Judge, ScoreSettings, scores
+from var_exp.evaluation.fidelity import FeatureBank, ScoreSettings, scores
 from var_exp.evaluation.neighbours import nearest, neighbours_picture
-from var_exp.evaluation.pictures import (
-    class_grid,
-    coarse_to_fine,
-    reconstructions,
-    save_png,
-    to_uint8,
-)
+from var_exp.evaluation.pictures import save_png
 from var_exp.evaluation.reference import Reference, reference_from_file, reference_of
-from var_exp.evaluation.scorer import SampleScorer, scores_against
+from var_exp.evaluation.scorer import NUM_HELD_OUT, SampleScorer, judge_of, scores_against
 from var_exp.files import replacing
-from var_exp.ranks import is_first, share
-from var_exp.sampling import Samples, evaluating, iterate_samples
+from var_exp.ranks import common_batches, is_first, share
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
 
-MAX_ROWS = 20  # classes that a picture of samples shows
-NUM_HELD_OUT = 1000  # validation images that say how far real images are from each other
 NUM_NEIGHBOURS = 5  # training images beside each sample
 PRECISION = "32-true"  # of all networks while they are measured here
 
 
-class Drawn(NamedTuple):
-    """grid, strip: uint8 (H, W, 3) pictures of samples by class, and scale by scale.
-
-    steps: uint8 (K, n, H, W, C), a sample of each class after each scale.
-    """
-
-    grid: np.ndarray
-    strip: np.ndarray
-    steps: np.ndarray
-
-
-class Evaluator:
+class Evaluator(Drawing):
     """Scores and pictures of models of one source of images.
+
+    `on_batch` is called after each batch of what is scored, by all processes equally often: who
+    waits for the end of a long evaluation may end it there.
 
     Args:
         source: a `var_exp.data.ImageSource` that has been set up.
@@ -87,10 +70,11 @@ class Evaluator:
         cache: str | Path | None = None,
         score_settings: ScoreSettings | None = None,
     ):
-        self.source, self.network = source, network
-        self.settings, self.seed = settings, seed
+        super().__init__(source, settings, batch_size, seed)
+        self.network, self.judge = network, judge_of(network, source)
         self.num_samples, self.num_samples_per_scale = num_samples, num_samples_per_scale
-        self.batch_size, self.num_reference = batch_size, num_reference
+        self.num_reference = num_reference
+        self.on_batch: Callable[[], None] = lambda: None
         self.cache = cache and Path(cache)
         self.score_settings = score_settings or ScoreSettings()
         self._references: dict[tuple[str, int | None], Reference] = {}
@@ -98,37 +82,27 @@ class Evaluator:
             Path(reference), network, source.image_size, batch_size=batch_size
         )
 
-    @property
-    def judge(self) -> tuple[str, Judge] | None:
-        """Says which class an image shows, and what it is called; None where nothing can.
-
-        The source's own where it has one, which reads pixels, else that of the feature network.
-        """
-        if self.source.num_classes == 0:
-            return None
-        if self.source.judge is not None:
-            return "pixels", self.source.judge
-        return None if self.network.judge is None else (self.network.name, self.network.judge)
-
     # -- scores ---------------------------------------------------------------------------
 
     def score_samples(
         self, transformer: VAR, tokenizer: VQVAE, num_samples: int, num_per_scale: int = 0
     ) -> dict[str, float]:
         """All scores of fresh samples; of the first `num_per_scale` also the FID by scale."""
-        scorer, ids = self._scorer(tokenizer), list(share(num_samples))
-        num_ours = sum(i < num_per_scale for i in ids)
+        scorer, num_per_scale = self._scorer(tokenizer), min(num_per_scale, num_samples)
+        parts = ((range(num_per_scale), True), (range(num_per_scale, num_samples), False))
         # None: hidden off a terminal.
         hidden = None if is_first() else True
-        bar = tqdm(total=len(ids), desc="scoring samples", leave=False, disable=hidden)
-        with bar:
-            for part, per_scale in ((ids[:num_ours], True), (ids[num_ours:], False)):
-                for chosen, samples in self._draw(transformer, tokenizer, part):
+        total = len(share(num_samples))
+        with tqdm(total=total, desc="scoring samples", leave=False, disable=hidden) as bar:
+            for numbers, per_scale in parts:
+                ids = [i for i in share(num_samples) if i in numbers]
+                for batch, (chosen, samples) in enumerate(self.draw(transformer, tokenizer, ids)):
                     labels = torch.tensor([self.label(i) for i in chosen])
-                    scorer.add(
-                        torch.tensor(chosen), scorer.see(tokenizer, samples, labels, per_scale)
-                    )
+                    seen = scorer.see(tokenizer, samples, labels, per_scale)
+                    scorer.add(torch.tensor(chosen), seen)
                     bar.update(len(chosen))
+                    if batch < common_batches(len(numbers), self.batch_size):
+                        self.on_batch()
         return scorer.compute()
 
     def score_reconstructions(
@@ -142,31 +116,32 @@ class Evaluator:
         Args:
             num_images: how many validation images, drawn evenly; all of them for None.
         """
-        device = _device(tokenizer)
+        device = device_of(tokenizer)
         reference = self.held_out(num_images, device)
         bank, hits = FeatureBank().to(device), FeatureBank().to(device)
-        rows = share(len(reference.indices))
-        for start in range(0, len(rows), self.batch_size):
+        judge, rows = self.judge, share(len(reference.indices))
+        for batch, start in enumerate(range(0, len(rows), self.batch_size)):
             ids = torch.tensor(rows[start : start + self.batch_size])
-            images, labels = _load(
-                self.source, self.source.val, [reference.indices[i] for i in ids]
-            )
-            rebuilt = _rebuild(tokenizer, images)
+            chosen = [reference.indices[i] for i in ids]
+            images, labels = load(self.source, self.source.val, chosen)
+            rebuilt = rebuild(tokenizer, images)
             bank.update(self.network(rebuilt), ids)
-            if self.judge:
-                shown = [self.judge[1](x) for x in (images, rebuilt.mul(2).sub(1))]
+            if judge:
+                shown = [judge[1](x) for x in (images, rebuilt.mul(2).sub(1))]
                 right = torch.stack([(x == labels).float() for x in shown], dim=1)  # (B, 2)
                 hits.update(Features(right, None), ids)
+            if batch < common_batches(len(reference.indices), self.batch_size):
+                self.on_batch()
         found = {}
         if len(rows) and len(reference.indices) > 1:  # of one image there is no distance
             name = "_".join(filter(None, (self.network.name, self.source.crop)))
             only = scores_against(reference, self.score_settings)
             found = scores(bank.compute(), reference, name, self.score_settings, only)
             found = {f"r{key}": value for key, value in found.items()}
-        if self.judge:
+        if judge:
             real, rebuilt = hits.compute().features.mean(dim=0).tolist()
-            found[f"class_accuracy_real_{self.judge[0]}"] = real
-            found[f"class_accuracy_{self.judge[0]}"] = rebuilt
+            found[f"class_accuracy_real_{judge[0]}"] = real
+            found[f"class_accuracy_{judge[0]}"] = rebuilt
         return found
 
     # -- at the end of a stage ------------------------------------------------------------
@@ -209,7 +184,7 @@ class Evaluator:
             precision=PRECISION,
             weights=weights,
             image_size=self.source.image_size,
-        ) | self._protocol_of_scores(self.reference(_device(tokenizer)))
+        ) | self._protocol_of_scores(self.reference(device_of(tokenizer)))
 
     def protocol_of_reconstructions(self, tokenizer: VQVAE, weights: str) -> dict[str, Any]:
         """How the final scores of reconstructions are obtained."""
@@ -219,59 +194,32 @@ class Evaluator:
             weights=weights,
             image_size=self.source.image_size,
             crop=self.source.crop,
-        ) | self._protocol_of_scores(self.held_out(None, _device(tokenizer)))
+        ) | self._protocol_of_scores(self.held_out(None, device_of(tokenizer)))
 
     def _protocol_of_scores(self, reference: Reference) -> dict[str, Any]:
         return protocol.of_scores(self.network, reference, self.score_settings)
 
     # -- pictures -------------------------------------------------------------------------
 
-    def draw_per_class(self, transformer: VAR, tokenizer: VQVAE, num_per_class: int) -> Drawn:
-        """A row of samples for each of the first classes, and one of each scale by scale."""
-        num_rows = min(max(1, self.source.num_classes), MAX_ROWS)
-        labels = [i % num_rows for i in range(num_per_class * num_rows)]
-        drawn = [samples for _, samples in self._draw(transformer, tokenizer, None, labels)]
-        images = torch.cat([samples.images for samples in drawn]).cpu()
-        codes = [
-            torch.cat(scale)[:num_rows] for scale in zip(*(s.indices for s in drawn), strict=True)
-        ]
-        steps = [x.add(1).div(2).cpu() for x in tokenizer.decode(codes, per_scale=True)]
-        names = list(self.source.class_names)
-        return Drawn(
-            class_grid(images, torch.tensor(labels), names, columns=num_per_class),
-            coarse_to_fine(steps, tokenizer.schedule.sizes, names[:num_rows]),
-            to_uint8(torch.stack(steps)).permute(0, 1, 3, 4, 2).numpy(),
-        )
-
-    def reconstruction_picture(self, tokenizer: VQVAE, num_images: int) -> np.ndarray:
-        """The first validation images, and what each scale makes of them: uint8 (H, W, 3)."""
-        images, _ = _load(self.source, self.source.val, range(num_images))
-        rebuilt = _rebuild(tokenizer, images, per_scale=True)
-        return reconstructions(images.add(1).div(2), rebuilt, tokenizer.schedule.sizes)
-
     def neighbour_picture(self, transformer: VAR, tokenizer: VQVAE) -> np.ndarray | None:
         """The nearest training images beside one sample of each class: uint8 (H, W, 3).
 
         None where the reference is no part of the training images.
         """
-        reference = self.reference(_device(tokenizer))
+        reference = self.reference(device_of(tokenizer))
         if reference.indices is None:
             return None
         ids = list(range(min(max(1, self.source.num_classes), NUM_HELD_OUT, 10)))
-        samples = torch.cat([s.images for _, s in self._draw(transformer, tokenizer, ids)]).cpu()
+        samples = torch.cat([s.images for _, s in self.draw(transformer, tokenizer, ids)]).cpu()
         k = min(NUM_NEIGHBOURS, len(reference.indices))
         features = self.network(samples).features.cpu()
         distances, rows = nearest(features, reference.features, k)
         chosen = [reference.indices[i] for i in rows.flatten().tolist()]
-        images, _ = _load(self.source, self.source.train, chosen)
+        images, _ = load(self.source, self.source.train, chosen)
         images = images.add(1).div(2).unflatten(0, (len(ids), k))  # (n, k, C, H, W)
         return neighbours_picture(samples, images, distances)
 
     # -- parts ----------------------------------------------------------------------------
-
-    def label(self, sample_id: int) -> int:
-        """Every class equally often, in turn; "no class" (0) where there are none."""
-        return sample_id % max(1, self.source.num_classes)
 
     def reference(self, device: torch.device) -> Reference:
         """What samples are compared with; all processes must ask for it."""
@@ -290,7 +238,7 @@ class Evaluator:
         return self._references[part, limit]
 
     def _scorer(self, tokenizer: VQVAE) -> SampleScorer:
-        device = _device(tokenizer)
+        device = device_of(tokenizer)
         scorer = SampleScorer(
             self.network,
             self.reference(device),
@@ -300,44 +248,3 @@ class Evaluator:
             self.held_out(NUM_HELD_OUT, device),
         )
         return scorer.to(device)
-
-    def _draw(
-        self,
-        transformer: VAR,
-        tokenizer: VQVAE,
-        ids: list[int] | None,
-        labels: list[int] | None = None,
-    ) -> Iterable[tuple[list[int], Samples]]:
-        """Samples of numbers, or of labels, a batch at a time."""
-        if labels is None:
-            labels = [self.label(i) for i in ids]
-        return labels and iterate_samples(
-            transformer,
-            tokenizer,
-            labels,
-            sample_ids=ids,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            **self.settings,
-        )
-
-
-def _device(network: VQVAE) -> torch.device:
-    return next(network.parameters()).device
-
-
-def _load(source: Any, dataset: Any, chosen: Iterable[int]) -> tuple[Tensor, Tensor]:
-    """Images (B, C, H, W) in [-1, 1] and labels (B,)."""
-    items = [dataset[int(i)] for i in chosen if i < len(dataset)]
-    images = torch.stack([source.val_transform(image) for image, _ in items])
-    return images, torch.tensor([label for _, label in items])
-
-
-@torch.no_grad()
-def _rebuild(tokenizer: VQVAE, images: Tensor, per_scale: bool = False) -> Tensor | list[Tensor]:
-    """Reconstructions in [0, 1], on the CPU; with `per_scale` those after each scale."""
-    with evaluating(tokenizer):
-        indices = tokenizer.encode(images.to(_device(tokenizer)))
-        if per_scale:
-            return [x.add(1).div(2).cpu() for x in tokenizer.decode(indices, per_scale=True)]
-        return tokenizer.decode(indices).add(1).div(2).cpu()

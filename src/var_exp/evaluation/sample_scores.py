@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from var_exp.evaluation.features import FeatureNetwork
-from var_exp.evaluation.fidelity import Judge, ScoreSettings
+from var_exp.evaluation.fidelity import ScoreSettings
 from var_exp.evaluation.reference import reference_from_file, reference_of
-from var_exp.evaluation.scorer import SampleScorer
+from var_exp.evaluation.scorer import NUM_HELD_OUT, SampleScorer, judge_of
 from var_exp.tokenizer import VQVAE
-
-NUM_HELD_OUT = 1000  # validation images that say how far real images are from each other
 
 
 def scorer_of(
@@ -56,18 +54,6 @@ def scorer_of(
         held_out = reference_of(network, source, "val", NUM_HELD_OUT, *how)
     judge = judge_of(network, source)
     return SampleScorer(network, real, tokenizer.schedule, judge, settings, held_out).to(device)
-
-
-def judge_of(network: FeatureNetwork, source: Any | None) -> tuple[str, Judge] | None:
-    """What says which class an image shows, and its name; None where nothing can.
-
-    The source's own where it has one, which reads pixels, else that of the feature network.
-    """
-    if source is None or source.num_classes == 0:
-        return None
-    if source.judge is not None:
-        return "pixels", source.judge
-    return None if network.judge is None else (network.name, network.judge)
 
 
 def beside_expected(

@@ -6,6 +6,8 @@ can be forgotten, and what was seen can be kept in a file and added later, by an
     B batch, K scales, F features
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,8 @@ from var_exp.evaluation.reference import Reference
 from var_exp.sampling import Samples, decode_by_rows
 from var_exp.scales import ScaleSchedule
 from var_exp.tokenizer import VQVAE
+
+NUM_HELD_OUT = 1000  # validation images that say how far real images are from each other
 
 Seen = dict[str, Tensor]
 """features (B, F); logits (B, num_classes), where the network has some; right (B,) uint8, where
@@ -104,6 +108,18 @@ class SampleScorer(nn.Module):
                 samples.features, self.reference.features, self.held_out.features
             )
         return found
+
+
+def judge_of(network: FeatureNetwork, source: Any | None) -> tuple[str, Judge] | None:
+    """What says which class an image shows, and its name; None where nothing can.
+
+    The source's own where it has one, which reads pixels, else that of the feature network.
+    """
+    if source is None or source.num_classes == 0:
+        return None
+    if source.judge is not None:
+        return "pixels", source.judge
+    return None if network.judge is None else (network.name, network.judge)
 
 
 def scores_against(reference: Reference, settings: ScoreSettings) -> tuple[str, ...]:

@@ -20,16 +20,15 @@ section 3.1). A vector that is not finite has no part in any of it.
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var_exp.ranks import is_distributed, sum_over_ranks
+from var_exp.ranks import from_first, own_part, sum_over_ranks
 from var_exp.spec import recorded
 
 # Where codes start -> steps of k-means after starting at vectors of the data; None: no start.
 STARTS = {"none": None, "data": 0, "kmeans": 10}
-KMEANS_VECTORS = 8192  # at most so many of each process
+KMEANS_VECTORS = 8192  # at most so many
 
 
 class Entropies(NamedTuple):
@@ -79,8 +78,14 @@ class BaseCodebook(nn.Module):
         """Of softmax(-squared distance / temperature) of vectors (N, D), with gradient."""
         raise NotImplementedError
 
+    #: Whether `update` does anything, for which vectors of all processes must be collected.
+    learns_from_vectors = False
+
     def start(self, vectors: Tensor) -> None:
-        """Called once, before the first training step, with vectors (N, D) of its scales."""
+        """Called once, before the first training step, with vectors (N, D) of its scales.
+
+        They are those of all processes, the same in each, as are those of `update`.
+        """
 
     def update(self, vectors: Tensor, indices: Tensor) -> None:
         """Called after each training forward with the vectors (N, D) and their codes (N,)."""
@@ -157,6 +162,10 @@ class Codebook(BaseCodebook):
 
     # -- learning from the vectors --------------------------------------------------------
 
+    @property
+    def learns_from_vectors(self) -> bool:
+        return self.average_count is not None
+
     @torch.no_grad()
     def start(self, vectors: Tensor) -> None:
         everything = torch.ones_like(self.weight[:, 0], dtype=torch.bool)
@@ -164,11 +173,11 @@ class Codebook(BaseCodebook):
             self._move(everything, pick(vectors, self.vocab_size))
             self._kmeans(vectors, STARTS[self.start_from])
         if self.average_count is not None:
-            number = sum_over_ranks(finite(vectors).to(vectors).sum())
+            number = finite(vectors).to(vectors).sum()
             self._count_fully(everything, number / self.vocab_size)
 
     def _kmeans(self, vectors: Tensor, steps: int) -> None:
-        order = torch.randperm(len(vectors), device=vectors.device)
+        order = from_first(torch.randperm(len(vectors), device=vectors.device))
         sample = vectors[order[:KMEANS_VECTORS]]
         for _ in range(steps):
             count, total = self._sums(sample, self.nearest(sample))
@@ -200,7 +209,12 @@ class Codebook(BaseCodebook):
         self.average_count.copy_(torch.where(which, uniform, self.average_count))
 
     def _sums(self, vectors: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Finite vectors that chose each code, of all processes: number (V,), sum (V, D)."""
+        """Finite vectors that chose each code: number (V,), sum (V, D).
+
+        Each process sums its part. All have the very same sums in the end, which they would not
+        if each summed everything, in an order that a GPU does not keep to.
+        """
+        vectors, indices = own_part(vectors), own_part(indices)
         rows = F.pad(vectors, (0, 1), value=1.0)  # (N, D + 1), the last counts
         rows = rows.masked_fill(~finite(vectors).unsqueeze(1), 0)
         sums = rows.new_zeros(self.vocab_size, self.code_dim + 1).index_add_(0, indices, rows)
@@ -269,9 +283,7 @@ def pick(vectors: Tensor, count: int) -> Tensor:
     picked = vectors[order[place % number]]  # (count, D)
     noise = 0.1 * picked.std(dim=0, correction=0) * torch.randn_like(picked)
     picked = torch.where((place >= number).unsqueeze(1), picked + noise, picked)
-    if is_distributed():
-        dist.broadcast(picked, src=0)
-    return picked
+    return from_first(picked)
 
 
 def finite(vectors: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from var_exp.ranks import sum_over_ranks
 from var_exp.spec import recorded
 from var_exp.tokenizer.codebook import (
     BaseCodebook,
@@ -118,8 +117,8 @@ class GridCodebook(BaseCodebook):
     def start(self, vectors: Tensor) -> None:
         if self.start_from == "data":
             kept = finite(vectors).unsqueeze(1)
-            number = sum_over_ranks(kept.to(vectors).sum()) * self.code_dim
-            mean_abs = sum_over_ranks(vectors.masked_fill(~kept, 0).abs().sum()) / number
+            number = kept.to(vectors).sum() * self.code_dim
+            mean_abs = vectors.masked_fill(~kept, 0).abs().sum() / number
             fresh = self.fitting_magnitude(mean_abs).log()
             self.log_magnitude.copy_(torch.where(fresh.isfinite(), fresh, self.log_magnitude))
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from var_exp.ranks import of_whole_batch
 from var_exp.scales import ScaleSchedule, Side
 from var_exp.spec import recorded
 from var_exp.tokenizer.codebook import BaseCodebook
@@ -158,7 +159,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def _forward(self, f: Tensor) -> Quantized:
         if self.training and not self.started:
-            self._start(f.detach())
+            self._start(of_whole_batch(f.detach()))
         keep = self._scales_to_keep()
         with_entropy = self.training and self.entropy > 0  # the one that pulls at the vectors
         steps, loss, f_hat, output = [], f.new_zeros(()), 0.0, None
@@ -173,8 +174,9 @@ class MultiScaleQuantizer(nn.Module):
             if k + 1 == keep:
                 output = f_hat
         indices = [step.nearest for step in steps]
-        if self.training:
-            self._update([step.z.detach() for step in steps], indices)
+        if self.training and self.codebook(0).learns_from_vectors:
+            zs = [of_whole_batch(step.z.detach()) for step in steps]
+            self._update(zs, [of_whole_batch(idx) for idx in indices])
         output = f + (output - f).detach()  # straight-through
         return Quantized(output, indices, loss / self.schedule.num_scales)
 

@@ -9,6 +9,8 @@ import copy
 import torch
 from torch import nn
 
+from var_exp.training.sharding import local
+
 
 def averaged_copy(network: nn.Module) -> nn.Module:
     """A frozen copy, in evaluation mode, to be led by `update_average`."""
@@ -17,8 +19,11 @@ def averaged_copy(network: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """Lead the average towards the network: parameters by lerp, buffers by copy."""
-    theirs = list(network.parameters())
-    torch._foreach_lerp_(list(average.parameters()), theirs, 1 - decay)
+    """Lead the average towards the network: parameters by lerp, buffers by copy.
+
+    Where both are sharded, each process leads its part.
+    """
+    ours, theirs = ([local(p) for p in n.parameters()] for n in (average, network))
+    torch._foreach_lerp_(ours, theirs, 1 - decay)
     for ours, buffer in zip(average.buffers(), network.buffers(), strict=True):
         ours.copy_(buffer)

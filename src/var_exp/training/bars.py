@@ -10,6 +10,8 @@ import time
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
+from var_exp.training.stage import StageModule
+
 
 def progress_bar(stage: str) -> ProgressBar:
     """The bar that suits where standard error goes."""
@@ -23,13 +25,22 @@ class TerminalBar(TQDMProgressBar):
         super().__init__(refresh_rate=5)
         self.stage = stage
 
+    def on_train_start(self, trainer: L.Trainer, *_) -> None:
+        super().on_train_start(trainer)
+        self.begin(trainer)  # a stage that goes on is within its epoch, whose start is not told
+
     def on_train_epoch_start(self, trainer: L.Trainer, *_) -> None:
         super().on_train_epoch_start(trainer)
-        self.train_progress_bar.set_description(self.stage)
-        self.train_progress_bar.initial = trainer.datamodule.start_batch
+        self.begin(trainer)
 
-    def get_metrics(self, trainer: L.Trainer, module) -> dict:
-        return {k: v for k, v in super().get_metrics(trainer, module).items() if k != "v_num"}
+    def begin(self, trainer: L.Trainer) -> None:
+        self.train_progress_bar.reset(trainer.datamodule.num_batches)
+        self.train_progress_bar.initial = trainer.datamodule.start_batch
+        self.train_progress_bar.set_description(self.stage)
+
+    def get_metrics(self, trainer: L.Trainer, module: StageModule) -> dict[str, float]:
+        loss = module.figures.get("train/loss")
+        return {} if loss is None else {"loss": loss.item()}
 
 
 class PlainLines(ProgressBar):
@@ -53,19 +64,16 @@ class PlainLines(ProgressBar):
         self.started, self.first = time.monotonic(), trainer.datamodule.start_batch
         self.done = self.first
 
-    def on_train_batch_end(self, trainer: L.Trainer, module, *_) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: StageModule, *_) -> None:
         self.done += 1
         total = trainer.datamodule.num_batches
         due = self.done % max(1, total // 10) == 0 or self.done == total
         if not self.is_enabled or not due:
             return
-        metrics = self.get_metrics(trainer, module)
-        shown = " ".join(
-            f"{k} {v:.4g}" for k, v in metrics.items() if k != "v_num" and not isinstance(v, str)
-        )
+        loss = module.figures["train/loss"].item()
         rate = (self.done - self.first) / (time.monotonic() - self.started)
         left = (total - self.done) / rate
         self.print(
-            f"{self.stage}: batch {self.done}/{total}, {shown}, {rate:.1f} batches/s, "
+            f"{self.stage}: batch {self.done}/{total}, loss {loss:.4g}, {rate:.1f} batches/s, "
             f"{left:.0f} s left"
         )

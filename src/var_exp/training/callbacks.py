@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from var_exp.evaluation.curves import Band, curves
+from var_exp.evaluation.curves import Band, curves, heat_maps
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.evaluation.pictures import save_png
 from var_exp.evaluation.report import write_report
-from var_exp.training.loggers import log_picture
+from var_exp.training.loggers import Attempts, log_picture, log_scalars
 from var_exp.training.stage import StageModule
 from var_exp.training.tokenizer_module import TokenizerModule
 from var_exp.training.var_module import VARModule
@@ -49,12 +50,16 @@ class EvaluationCallback(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
         if trainer.state.fn == "fit" and self.interval(trainer) is None:
+            # The whole validation is made up for after an interruption.
+            self.evaluator.on_batch = lambda: trainer.checkpoint_callback.stop_if_asked(trainer)
             self.evaluate(trainer, module)
+            self.evaluator.on_batch = lambda: None
 
     def on_train_batch_end(self, trainer: L.Trainer, module: StageModule, *_) -> None:
         interval = self.interval(trainer)
         if interval is not None and (step(trainer) + 1) % interval == 0:
-            self.evaluate(trainer, module)
+            with module.whole():
+                self.evaluate(trainer, module)
 
     def interval(self, trainer: L.Trainer) -> int | None:
         """In batches."""
@@ -68,9 +73,8 @@ class EvaluationCallback(Callback):
 
 
 def log_figures(trainer: L.Trainer, figures: Mapping[str, float]) -> None:
-    for logger in trainer.loggers:
-        named = {f"val/{name}": value for name, value in figures.items()}
-        logger.log_metrics(named, step(trainer))
+    named = {f"val/{name}": value for name, value in figures.items()}
+    log_scalars(trainer, named, step(trainer))
 
 
 def step(trainer: L.Trainer) -> int:
@@ -153,19 +157,12 @@ class ReconstructionScores(Scores):
         return self.evaluator.score_reconstructions(network, self.num_images)
 
 
-class Curves(Callback):
-    """`curves.png`: the validations so far, with the band where a figure is expected to end.
+class History(Callback):
+    """Base: remembers the figures of validations, and draws them after each."""
 
-    Args:
-        panels: see `var_exp.evaluation.curves`.
-        expected: `stage/metric` -> (low, high), of both stages; also logged, for dashboards.
-    """
-
-    def __init__(
-        self, panels: Mapping[str, Sequence[str]], expected: Mapping[str, Band] | None = None
-    ):
-        self.panels, self.expected = panels, expected or {}
+    def __init__(self) -> None:
         self.history: dict[str, list[tuple[int, float]]] = {}
+        self.attempt = Attempts("pictures of figures", "they may be missing in the run folder")
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}
@@ -176,9 +173,40 @@ class Curves(Callback):
     def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
         if trainer.state.fn != "fit":
             return
+        batch = step(trainer) + 1
         for name, value in trainer.callback_metrics.items():
             if name.startswith("val/"):
-                self.history.setdefault(name, []).append((step(trainer) + 1, value.item()))
+                points = self.history.setdefault(name, [])
+                # One of this batch is of a validation that was cut off and is made up for.
+                points[:] = [point for point in points if point[0] != batch]
+                points.append((batch, value.item()))
+        self.draw(trainer, module)
+
+    def draw(self, trainer: L.Trainer, module: StageModule) -> None:
+        raise NotImplementedError
+
+    def show(self, trainer: L.Trainer, name: str, picture: np.ndarray) -> None:
+        """Give a picture to the loggers and, as `<name>.png`, to the stage's folder."""
+        log_picture(trainer, f"val/{name}", picture, step(trainer))
+        path = Path(trainer.default_root_dir) / f"{name}.png"
+        self.attempt(lambda: save_png(picture, path))
+
+
+class Curves(History):
+    """`curves.png`: the validations so far, with the band where a figure is expected to end.
+
+    Args:
+        panels: see `var_exp.evaluation.curves`.
+        expected: `stage/metric` -> (low, high), of both stages; also logged, for dashboards.
+    """
+
+    def __init__(
+        self, panels: Mapping[str, Sequence[str]], expected: Mapping[str, Band] | None = None
+    ):
+        super().__init__()
+        self.panels, self.expected = panels, expected or {}
+
+    def draw(self, trainer: L.Trainer, module: StageModule) -> None:
         bands = {
             f"val/{name.removeprefix(f'{module.stage}/')}": band
             for name, band in self.expected.items()
@@ -193,16 +221,33 @@ class Curves(Callback):
         if ends:
             log_figures(trainer, ends)
         if trainer.is_global_zero:
-            picture = curves(self.history, self.panels, bands)
-            log_picture(trainer, "val/curves", picture, step(trainer))
-            save_png(picture, Path(trainer.default_root_dir) / "curves.png")
+            self.show(trainer, "curves", curves(self.history, self.panels, bands))
+
+
+class CodebookMap(History):
+    """`codebook.png`: how each scale uses its codes, a row for each scale, over the validations.
+
+    Args:
+        panels: see `var_exp.evaluation.curves.heat_maps`.
+    """
+
+    def __init__(self, panels: Mapping[str, str]):
+        super().__init__()
+        self.panels = panels
+
+    def draw(self, trainer: L.Trainer, module: StageModule) -> None:
+        if trainer.is_global_zero:
+            self.show(trainer, "codebook", heat_maps(self.history, self.panels))
 
 
 class Report(Callback):
     """Refresh the run folder's `report.html` after each validation."""
 
+    def __init__(self) -> None:
+        self.attempt = Attempts("report.html", "the page may not be of the last validation")
+
     def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
         if trainer.state.fn == "fit" and trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.save()  # the page reads what they wrote
-            write_report(Path(trainer.default_root_dir).parent)
+            self.attempt(lambda: write_report(Path(trainer.default_root_dir).parent))

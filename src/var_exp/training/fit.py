@@ -8,15 +8,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from var_exp.checkpoint import find_checkpoint, read_checkpoint
 from var_exp.data import ImageDataModule
+from var_exp.interruption import Interruption
+from var_exp.ranks import is_first
 from var_exp.training.bars import progress_bar
 from var_exp.training.loggers import Guarded
 from var_exp.training.monitor import Monitor
 from var_exp.training.progress import BatchProgress
+from var_exp.training.saving import (
+    Checkpoints,
+    Found,
+    SealedFiles,
+    best_or_newest,
+    earlier,
+    is_finished,
+    progress_in,
+    provide_best,
+)
 from var_exp.training.stage import StageModule
 
 UNFIT_ADVICE = (
@@ -27,6 +38,7 @@ UNFIT_ADVICE = (
     "Experiment logs directory",
     "is smaller than the logging interval",
     "your dataloader is not resumable",  # its batches are a function of their number
+    "FSDP2-wrapped module",  # nobody changes what a sharded module returns
 )
 
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -56,6 +68,8 @@ def fit_stage(
     loggers: Sequence[Callable[..., Logger]] = (),
     config: Mapping[str, Any] | None = None,
     resume: str = "auto",
+    save_every: int | None = None,
+    interruption: Interruption | None = None,
 ) -> Fitted:
     """Train a module for `num_batches` global batches; leave its network with the best weights.
 
@@ -68,15 +82,21 @@ def fit_stage(
         seed: with the batch number and rank decides every random draw.
         loggers: each called with `save_dir` and `version`. None of them ends a run by failing.
         config: of the whole run, as plain data: told to the loggers.
-        resume: "auto" goes on from `last.ckpt` where there is one, "never" starts anew.
+        resume: what to go on from, see `var_exp.training.saving.earlier`.
+        save_every: batches between checkpoints besides those at validations.
+        interruption: the signals of this process; None where nobody minds them.
 
     Raises:
         ValueError: a length below 1, an unknown `resume`, a checkpoint that does not fit.
+        Interrupted: a signal came; what was trained is saved.
     """
     folder = run_dir / module.stage
-    earlier = check_stage(module, run_dir, batch_size, num_batches, val_every, seed, resume)
-    if earlier is not None:
-        module.on_load_checkpoint(earlier)
+    found = check_stage(module, run_dir, batch_size, num_batches, val_every, seed, resume, save_every)
+    interruption = interruption or Interruption()
+    if found is not None:
+        module.on_load_checkpoint(found.content)
+        if is_first():
+            provide_best(folder, found)
     progress = BatchProgress(make_plan(seed, batch_size, num_batches))
     datamodule.plan(batch_size, num_batches)
     with quiet():
@@ -93,17 +113,20 @@ def fit_stage(
                 *([Monitor()] if loggers else []),  # before those that may take long
                 *callbacks,
                 progress_bar(module.stage),
-                best_checkpoint(folder, *module.monitor),
-                LastCheckpoint(folder),
+                Checkpoints(folder, *module.monitor, interruption, save_every),
             ],
+            plugins=[SealedFiles()],
         )
         check_precision(runner.precision)
-        if earlier is not None and progress_in(earlier)["batch"] == num_batches:
-            seconds = progress_in(earlier)["seconds"]  # nothing is left to train
+        check_share(module.stage, batch_size, runner)
+        own_signals(runner)
+        if found is not None and is_finished(found.content):
+            seconds = progress_in(found.content)["seconds"]
         else:
-            last = None if earlier is None else last_checkpoint(folder)
             begin(runner.loggers, config, anew=resume == "never")
-            runner.fit(module, datamodule=datamodule, ckpt_path=last, weights_only=True)
+            path = None if found is None else found.path
+            with interruption.held():
+                runner.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
             seconds = progress.seconds
             finish(runner.loggers)
         use_best_weights(module, folder)
@@ -121,8 +144,9 @@ def check_stage(
     num_batches: int,
     val_every: int,
     seed: int,
-    resume: str,
-) -> dict[str, Any] | None:
+    resume: str = "auto",
+    save_every: int | None = None,
+) -> Found | None:
     """Find what `fit_stage` would refuse, as far as it can be known before earlier stages ran.
 
     Returns:
@@ -131,28 +155,27 @@ def check_stage(
     Raises:
         ValueError: see `fit_stage`.
     """
-    lengths = (batch_size, num_batches, val_every)
-    whole = all(isinstance(length, int) and length >= 1 for length in lengths)
-    if not whole or resume not in ("auto", "never"):
+    lengths = (batch_size, num_batches, val_every, 1 if save_every is None else save_every)
+    if not all(isinstance(length, int) and length >= 1 for length in lengths):
         raise ValueError(
-            f"model.{module.stage}: batch_size, num_batches and val_every must be at least 1 and "
-            f"resume 'auto' or 'never', got {batch_size}, {num_batches}, {val_every}, {resume!r}"
+            f"model.{module.stage}: batch_size, num_batches and val_every must be at least 1, as "
+            f"save_every where it is not null, got {batch_size}, {num_batches}, {val_every} and "
+            f"{save_every}"
         )
     module.check_length(num_batches)
-    last = last_checkpoint(run_dir / module.stage)
-    if resume == "never" or not last.exists():
+    found = earlier(run_dir, module.stage, resume)
+    if found is None:
         return None
-    earlier = read_checkpoint(last)
-    module.check_networks(earlier)
+    module.check_networks(found.content)
     ours = make_plan(seed, batch_size, num_batches)
-    for name, value in progress_in(earlier)["plan"].items():
+    for name, value in progress_in(found.content)["plan"].items():
         if ours[name] != value:
             raise ValueError(
                 f"resume: the run was started with {name} {value}, now it is {ours[name]}; its "
                 f"schedules and order of images depend on it: keep it, or start in a new run "
                 f"folder (run_dir=...), or anew (resume=never)"
             )
-    return earlier
+    return found
 
 
 def check_precision(precision: str) -> None:
@@ -164,8 +187,15 @@ def check_precision(precision: str) -> None:
         )
 
 
-def last_checkpoint(folder: Path) -> Path:
-    return folder / "last.ckpt"
+def check_share(stage: str, batch_size: int, trainer: L.Trainer) -> None:
+    """Raise ValueError unless the processes of a Trainer can share a global batch evenly."""
+    devices, num_nodes = trainer.num_devices, trainer.num_nodes
+    if batch_size % (devices * num_nodes):
+        raise ValueError(
+            f"model.{stage}: the global batch of {batch_size} images does not divide by "
+            f"{devices * num_nodes} processes ({devices} devices x {num_nodes} machines); choose a "
+            f"multiple (model.{stage}.batch_size), or other trainer.devices and trainer.num_nodes"
+        )
 
 
 def make_plan(seed: int, batch_size: int, num_batches: int) -> dict[str, int]:
@@ -173,35 +203,20 @@ def make_plan(seed: int, batch_size: int, num_batches: int) -> dict[str, int]:
     return {"seed": seed, "batch_size": batch_size, "num_batches": num_batches}
 
 
-def progress_in(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What `BatchProgress` wrote into a checkpoint: batch, seconds, plan."""
-    return checkpoint["callbacks"]["BatchProgress"]
-
-
 def use_best_weights(module: StageModule, folder: Path) -> None:
     """Load the best checkpoint; give its averaged weights, where there are, to the network."""
-    module.load_state_dict(read_checkpoint(find_checkpoint(folder))["state_dict"])
+    module.load_state_dict(best_or_newest(folder)["state_dict"])
     module.network.load_state_dict(module.evaluated.state_dict())
     module.network.eval()
 
 
-def best_checkpoint(folder: Path, monitor: str, mode: str) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
+def own_signals(runner: L.Trainer) -> None:
+    """Keep Lightning from taking the signals in hand.
 
-
-class LastCheckpoint(Checkpoint):
-    """Save `last.ckpt` after each validation, once the best checkpoint is decided.
-
-    Lightning's own counts optimizer steps, not batches, and saves before it validates: a run
-    continued from there would lack that validation.
+    Its handlers talk to the other processes within the handler, and meet the collectives that
+    training is in the middle of: with two processes SIGTERM hung in three of three trials.
     """
-
-    def __init__(self, folder: Path):
-        self.path = last_checkpoint(folder)
-
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            trainer.save_checkpoint(self.path)
+    runner._signal_connector.register_signal_handlers = lambda: None
 
 
 def begin(loggers: Sequence[Guarded], config: Mapping[str, Any] | None, anew: bool) -> None:
@@ -223,13 +238,15 @@ def finish(loggers: Sequence[Guarded]) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hide Lightning's advertising, and advice that does not hold here."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             for message in UNFIT_ADVICE:
                 warnings.filterwarnings("ignore", message=f".*{message}")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -26,17 +26,58 @@ from var_exp.evaluation.pictures import save_png
 from var_exp.files import replacing
 
 
+def log_scalars(trainer: Trainer, scalars: Mapping[str, Tensor | float], step: int) -> None:
+    """Give numbers, or tensors of one element, to every logger."""
+    values = {name: float(value) for name, value in scalars.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step)
+        logger.save()
+
+
 def log_picture(trainer: Trainer, key: str, picture: np.ndarray, step: int) -> None:
     """Give a uint8 (H, W, 3) array to every logger."""
     for logger in trainer.loggers:
         logger.log_image(key, [picture], step=step)
 
 
-class Guarded(Logger):
-    """A logger whose failures do not end a run: reported once, tried again quietly.
+class Attempts:
+    """Actions whose failures do not end a run: reported once, tried again quietly.
 
-    A full disk may have room again and a network may come back, hence the further attempts. A
-    logger that could not even be made stays away.
+    A full disk may have room again and a network may come back, hence the further attempts.
+
+    Args:
+        title: of what is attempted, for the report.
+        loss: what is missing after a failure, for the report.
+    """
+
+    def __init__(self, title: str, loss: str):
+        self.title, self.loss, self.reported = title, loss, False
+
+    def __call__(self, action: Callable[[], Any], otherwise: Any = None) -> Any:
+        """What an action returns, `otherwise` where it fails."""
+        try:
+            return action()
+        except Exception as error:  # whatever the libraries of others raise; no interruption
+            self.report(error)
+            return otherwise
+
+    @rank_zero_only
+    def report(self, error: Exception) -> None:
+        if self.reported:
+            return
+        self.reported = True
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(
+            f"{self.title} failed ({reason}); training goes on, {self.loss}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+class Guarded(Logger):
+    """A logger whose failures do not end a run, see `Attempts`.
+
+    A logger that could not even be made stays away.
 
     Args:
         make: gives the logger.
@@ -45,30 +86,13 @@ class Guarded(Logger):
 
     def __init__(self, make: Callable[..., Logger], save_dir: str, version: str):
         super().__init__()
-        self._save_dir, self._version, self._reported = save_dir, version, False
+        self._save_dir, self._version = save_dir, version
         self._title = getattr(make, "func", make).__name__
+        self._attempt = Attempts(
+            f"logger: {self._title}", "what it should have logged may be missing there"
+        )
         self.logger: Logger | None = None
         self.logger = self._attempt(lambda: make(save_dir=save_dir, version=version))
-
-    def _attempt(self, action: Callable[[], Any], otherwise: Any = None) -> Any:
-        try:
-            return action()
-        except Exception as error:  # whatever the loggers of others raise; never an interruption
-            self._report(error)
-            return otherwise
-
-    @rank_zero_only
-    def _report(self, error: Exception) -> None:
-        if self._reported:
-            return
-        self._reported = True
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        print(
-            f"logger: {self._title} failed ({reason}); training goes on, what it should have "
-            f"logged may be missing there",
-            file=sys.stderr,
-            flush=True,
-        )
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> None:
         """Call a method of the logger, if it has one of this name."""

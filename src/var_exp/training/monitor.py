@@ -26,6 +26,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import Profiler
 
+from var_exp.training.loggers import log_scalars
 from var_exp.training.machine import FlopCounter, peak_flops
 from var_exp.training.stage import StageModule
 
@@ -87,12 +88,10 @@ class Monitor(Callback):
             self.work += self.flops[module.workload]
         if not self.since:
             self.first, self.since = module.batch + 1, now
-        every = trainer.log_every_n_steps
-        if self.batches and every and (module.batch + 1) % every == 0:
+        if self.batches and module.is_logged:
             figures = self.figures(trainer, module, now)
-            module.log_dict(
-                {f"speed/{name}": value for name, value in figures.items()}, rank_zero_only=True
-            )
+            named = {f"speed/{name}": value for name, value in figures.items()}
+            log_scalars(trainer, named, module.batch)
             self.reset()
 
     def stop_counting(self) -> None:

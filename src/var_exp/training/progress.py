@@ -43,6 +43,7 @@ class BatchProgress(Callback):
     def on_fit_start(self, trainer: L.Trainer, module: StageModule) -> None:
         # Runs before Lightning asks for the loader, and after it has restored this callback.
         trainer.datamodule.start_batch = self.batch
+        module.batch = self.batch - 1  # of a validation that is made up for
         self.started = time.monotonic()
 
     def on_train_batch_start(self, trainer: L.Trainer, module: StageModule, batch, i: int) -> None:

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
@@ -22,13 +21,20 @@ from var_exp.checkpoint import KEY, check_weights, describe
 from var_exp.data import Batch
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.training.average import averaged_copy, update_average
+from var_exp.training.loggers import log_scalars
 from var_exp.training.optim import WeightDecay, param_groups
+from var_exp.training.sharding import (
+    ShardableModule,
+    average_whole_gradients,
+    clip_gradients,
+    parameters_of,
+)
 from var_exp.training.skipped import SkippedBatches
 
 MakeOptimizer = Callable[[list[dict]], Optimizer]
 
 
-class StageModule(L.LightningModule):
+class StageModule(ShardableModule):
     """Base of `TokenizerModule` and `VARModule`.
 
     Args:
@@ -50,7 +56,6 @@ class StageModule(L.LightningModule):
     """
 
     stage: str
-    network_name: str
     #: The validation figure that the best checkpoint is chosen by, and "min" or "max".
     monitor: tuple[str, str]
 
@@ -85,6 +90,7 @@ class StageModule(L.LightningModule):
         self.micro_batch = micro_batch
         self.skipped = SkippedBatches(self.stage, max_skipped)
         self.batch = 0  # the number of the batch in training, set by `on_progress`
+        self.figures: dict[str, Tensor | float] = {}  # of that batch, as they are logged
 
     # -- networks -------------------------------------------------------------------------
 
@@ -105,7 +111,7 @@ class StageModule(L.LightningModule):
     @property
     def both(self) -> dict[str, nn.Module]:
         """What may be scored in training, by the suffix of its keys: "" is what is handed on."""
-        averaged = getattr(self, f"averaged_{self.network_name}", None)
+        averaged = getattr(self, self.average_name, None)
         if averaged is None:
             return {"": self.network}
         if self.weights == "raw":
@@ -128,7 +134,7 @@ class StageModule(L.LightningModule):
     def keep_average(self) -> None:
         """Called once the network is in place."""
         if self.average_decay > 0:
-            self.add_module(f"averaged_{self.network_name}", averaged_copy(self.network))
+            self.add_module(self.average_name, averaged_copy(self.network))
 
     def on_fit_start(self) -> None:
         # Lightning leaves networks in the mode it finds them in, and loaded ones come in eval.
@@ -137,7 +143,7 @@ class StageModule(L.LightningModule):
     def train(self, mode: bool = True) -> "StageModule":
         super().train(mode)
         if self.average_decay > 0:
-            getattr(self, f"averaged_{self.network_name}").eval()
+            getattr(self, self.average_name).eval()
         return self
 
     # -- optimisation ---------------------------------------------------------------------
@@ -162,8 +168,14 @@ class StageModule(L.LightningModule):
         for group in optimizers[0].param_groups:
             if group["weight_decay"] > 0:
                 group["weight_decay"] = decay
-        self.log("train/lr", optimizers[0].param_groups[0]["lr"])
-        self.log("train/weight_decay", decay)
+        rate = optimizers[0].param_groups[0]["lr"]
+        self.figures = {"train/lr": rate, "train/weight_decay": decay}
+
+    @property
+    def is_logged(self) -> bool:
+        """Whether the loggers get the figures of this batch."""
+        every = self.trainer.log_every_n_steps
+        return every > 0 and (self.batch + 1) % every == 0
 
     @property
     def workload(self) -> str:
@@ -187,14 +199,15 @@ class StageModule(L.LightningModule):
 
         All ranks decide the same, since they have the same gradient.
         """
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        limit = self.clip if self.clip > 0 else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        parameters = parameters_of(optimizer)
+        if self.shards:
+            average_whole_gradients(parameters)
+        norm = clip_gradients(parameters, self.clip if self.clip > 0 else float("inf"))
         finite = bool(norm.isfinite())
         if finite:
             optimizer.step()
         optimizer.zero_grad()
-        self.log(f"train/{name}grad_norm", norm)
+        self.figures[f"train/{name}grad_norm"] = norm
         return finite
 
     def over_ranks(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -208,17 +221,26 @@ class StageModule(L.LightningModule):
         if self.average_decay > 0:
             # Until the window of the average is full it is the mean of all weights so far.
             decay = min(self.average_decay, self.batch / (self.batch + 1))
-            averaged = getattr(self, f"averaged_{self.network_name}")
+            averaged = getattr(self, self.average_name)
             update_average(averaged, self.network, decay)
 
-    def conclude_batch(self, stepped: bool, loss: Tensor, batch: Batch) -> None:
-        """Called once after the steps of a batch: count those that were skipped.
+    def conclude_batch(self, stepped: bool, terms: dict[str, Tensor], batch: Batch) -> None:
+        """Called once after the steps of a batch: log it, and count those that were skipped.
+
+        Not by Lightning's `self.log`, which keeps books on each value in each batch, while the
+        loggers get one in many: it took 2 % of a step of the default job.
+
+        Args:
+            terms: of the loss, by name, among them "loss".
 
         Raises:
             ValueError: too many batches in a row had to be skipped.
         """
+        self.figures |= {f"train/{name}": value for name, value in terms.items()}
+        if self.is_logged:
+            log_scalars(self.trainer, self.figures, self.batch)
         message = self.skipped.count(
-            stepped, self.batch, loss, batch.indices, Path(self.trainer.default_root_dir)
+            stepped, self.batch, terms["loss"], batch.indices, Path(self.trainer.default_root_dir)
         )
         if message:
             self.print(message)
@@ -227,11 +249,13 @@ class StageModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         class_names = list(self.trainer.datamodule.source.class_names)
-        checkpoint[KEY] = describe(self.stage, self.networks(), class_names, self.weights)
+        with self.whole():
+            checkpoint[KEY] = describe(self.stage, self.networks(), class_names, self.weights)
         checkpoint["skipped_in_a_row"] = self.skipped.in_a_row
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.check_networks(checkpoint)
+        with self.whole():
+            self.check_networks(checkpoint)
         self.skipped.in_a_row = checkpoint.get("skipped_in_a_row", 0)
 
     def check_networks(self, checkpoint: dict[str, Any]) -> None:

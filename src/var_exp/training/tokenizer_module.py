@@ -48,6 +48,9 @@ class TokenizerModule(StageModule):
     stage = "tokenizer"
     network_name = "tokenizer"
     monitor = ("val/psnr", "max")
+    # Codebooks change in place within the forward pass; of the last layer a gradient is asked for
+    # apart from the backward pass, which shards are not there for.
+    kept_whole = ("quantizer.codebooks", "decoder.conv_out")
 
     def __init__(
         self,
@@ -113,9 +116,7 @@ class TokenizerModule(StageModule):
             stepped &= self.step(*discriminator, name="discriminator_")
             self.adversary.finish_batch()
         terms = self.over_ranks(terms)
-        self.conclude_batch(stepped, terms["loss"], batch)
-        self.log_dict({f"train/{name}": value for name, value in terms.items()})
-        self.log("loss", terms["loss"], prog_bar=True, logger=False)
+        self.conclude_batch(stepped, terms, batch)
         return terms["loss"]
 
     def descend_tokenizer(self, optimizer, parts: list[Tensor]) -> tuple[list[Tensor], dict]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from var_exp.data import Batch
 from var_exp.evaluation.evaluator import Evaluator
+from var_exp.ranks import from_first, own_part, world_size
 from var_exp.sampling import check_fit
 from var_exp.tokenizer import VQVAE
 from var_exp.training.progressive import ProgressiveScales, ScalesInTraining
@@ -129,7 +130,7 @@ class VARModule(StageModule):
         self.scales = ScalesInTraining(self.transformer.schedule.num_scales, 1.0)
         if self.progressive:
             self.scales = self.progressive(batch / num_batches, self.scales.num_scales)
-            self.log("train/num_scales", float(self.scales.num_scales))
+            self.figures["train/num_scales"] = self.scales.num_scales
 
     @property
     def workload(self) -> str:
@@ -147,11 +148,9 @@ class VARModule(StageModule):
         stepped = self.step(optimizer)
         if stepped:
             self.update_average()
-        total = self.over_ranks({"loss": total})["loss"]
-        self.conclude_batch(stepped, total, batch)
-        self.log("train/loss", total)
-        self.log("loss", total, prog_bar=True, logger=False)
-        return total
+        terms = self.over_ranks({"loss": total})
+        self.conclude_batch(stepped, terms, batch)
+        return terms["loss"]
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Weighted mean cross-entropy of the scales in training."""
@@ -172,7 +171,9 @@ class VARModule(StageModule):
         return weights[levels[levels <= newest]].to(device)
 
     def drop_labels(self, labels: Tensor) -> Tensor:
-        dropped = torch.rand(labels.shape, device=labels.device) < self.label_drop
+        """Labels (B,) of which some are "no class": the same ones, however many processes."""
+        draws = torch.rand(len(labels) * world_size(), device=labels.device)
+        dropped = own_part(from_first(draws)) < self.label_drop
         return labels.masked_fill(dropped, self.transformer.num_classes)
 
     @torch.no_grad()

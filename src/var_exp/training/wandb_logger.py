@@ -9,11 +9,12 @@ Its id is made once and kept in `<run folder>/<stage>/wandb_id`. W&B itself reco
 import os
 import secrets
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import wandb
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
@@ -89,7 +90,7 @@ class ContinuedWandbLogger(WandbLogger):
         self._wandb_init["id"] = kept_id(self.folder / "wandb_id")
         if "mode" in self._wandb_init or "WANDB_MODE" in os.environ:
             self._open()
-        elif wandb.login(prompt=False, verify=False):
+        elif mode_of(self._wandb_init) == "online":
             self._wandb_init["mode"] = "online"
             try:
                 self._open()
@@ -113,7 +114,7 @@ class ContinuedWandbLogger(WandbLogger):
 
     # -- checkpoints ----------------------------------------------------------------------
 
-    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+    def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
         if self.upload_best == "all":
             self.upload()
 
@@ -143,6 +144,14 @@ class ContinuedWandbLogger(WandbLogger):
     def finish(self) -> None:
         if self._experiment is not None:
             self._experiment.finish()
+
+
+def mode_of(options: Mapping[str, Any]) -> str:
+    """Where a run with these options of `wandb.init` goes: online, offline or disabled."""
+    chosen = options.get("mode") or os.environ.get("WANDB_MODE")
+    if chosen:
+        return chosen
+    return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
 
 def kept_id(path: Path) -> str:

@@ -1,0 +1,238 @@
+"""How fast images come from a folder, from tar shards and from parquet, on one machine.
+
+    python -m benchmarks.loading
+
+Writes the same JPEG files (noise smoothed to the size of photographs' files) in each form to a
+temporary folder, and takes the time per image of two things, in the order that training would
+read them: reading the encoded bytes alone, with the operating system's cache emptied of the files
+before and without; and all of loading (reading, decoding, crop, batches) in one process. Forms take
+turns within a round, and ratios are taken within a round, so that whatever else the machine does
+meets all of them alike; medians over the rounds count. Also: packing, and the index of a set of
+ImageNet's size. Writes `benchmarks/results/loading.json` and prints the table.
+"""
+
+import argparse
+import io
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import webdataset
+from PIL import Image
+
+from var_exp.data import ImageDataModule, ImageFolder, Shards
+from var_exp.data.blocks import block_order
+from var_exp.data.encoded import EncodedImages, EncodedSource
+from var_exp.data.hugging_face import HuggingFace
+from var_exp.data.pack import pack
+from var_exp.data.shard_index import ROW, ShardIndex, read_index, write_index
+from var_exp.environment import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGENET = 1_281_167
+BATCH, SIZE, BUFFER = 32, 256, 512
+FOLDER = "image_folder"
+READERS: dict[str, Callable[[EncodedImages, int], bytes]] = {  # the encoded bytes of an image
+    FOLDER: lambda images, i: Path(images.paths[i]).read_bytes(),
+    "shards": lambda images, i: images.files.read(
+        int(images.shard[i]), int(images.offset[i]), int(images.size[i])
+    ),
+    "hugging_face": lambda images, i: images.dataset[int(images.numbers[i])]["image"]["bytes"],
+    "hugging_face, streamed": lambda images, i: images.rows_of(int(images.group[i]))[
+        int(images.numbers[i] - images.groups.starts[images.group[i]])
+    ].as_py()["bytes"],
+}
+
+
+def write_folder(root: Path, count: int) -> None:
+    """JPEG files of about 400 x 350 pixels in ten classes."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        height, width = rng.integers(300, 500, 2)
+        coarse = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
+        pixels = smooth + rng.integers(-25, 26, (height, width, 3), dtype=np.int16)
+        path = root / f"class_{number % 10}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=85)
+
+
+def write_parquet(folder: Path, root: Path) -> None:
+    """The same images, in files of up to 500 rows and row groups of 100."""
+    rows = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train").shuffle(seed=0)
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    embedded = [
+        {"bytes": Path(image["path"]).read_bytes(), "path": None} for image in rows["image"]
+    ]
+    columns = {"image": embedded, "label": rows["label"]}
+    features = datasets.Features(image=datasets.Image(), label=rows.features["label"])
+    whole = datasets.Dataset.from_dict(columns, features)
+    root.mkdir()
+    for i, first in enumerate(range(0, len(whole), 500)):
+        part = whole.select(range(first, min(first + 500, len(whole)))).flatten_indices()
+        pq.write_table(part.data.table, root / f"train-{i:05d}.parquet", row_group_size=100)
+
+
+def sources(place: Path) -> dict[str, Callable[[], EncodedSource]]:
+    size = {"image_size": SIZE}
+    parquet, near = str(place / "parquet"), {"buffer": BUFFER, "lanes": 8}
+    return {
+        FOLDER: lambda: ImageFolder(str(place / "folder"), **size),
+        "shards": lambda: Shards(str(place / "shards"), **size, **near),
+        "hugging_face": lambda: HuggingFace(parquet, **size),
+        "hugging_face, streamed": lambda: HuggingFace(parquet, streamed=True, **size, **near),
+    }
+
+
+def opened(make: Callable[[], EncodedSource]) -> EncodedSource:
+    source = make()
+    source.prepare()
+    source.setup()
+    return source
+
+
+def empty_cache(place: Path) -> None:
+    """Have the operating system forget what the files hold; it may read a little ahead later."""
+    for path in place.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def seconds_to_read(form: str, source: EncodedSource, seed: int, count: int) -> float:
+    order, read = source.order(seed, 0)[:count].tolist(), READERS[form]
+    began = time.perf_counter()
+    for index in order:
+        read(source.train, index)
+    return (time.perf_counter() - began) / count
+
+
+def seconds_to_load(source: EncodedSource, seed: int, count: int) -> float:
+    loaders = ImageDataModule(source, seed=seed)
+    loaders.plan(BATCH, count // BATCH)
+    began = time.perf_counter()
+    for _ in loaders.train_dataloader():
+        pass
+    return (time.perf_counter() - began) / (count // BATCH * BATCH)
+
+
+def seconds_of_webdataset(shards: Path, count: int) -> float:
+    """The library's own reading of whole shards, for comparison."""
+    urls = sorted(str(path) for path in shards.glob("train-*.tar"))
+    stream = iter(webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(BUFFER))
+    began = time.perf_counter()
+    for _ in range(count):
+        next(stream)
+    return (time.perf_counter() - began) / count
+
+
+def one_round(place: Path, number: int, count: int) -> Iterator[tuple[str, str, float]]:
+    """(what, form, seconds an image)"""
+    made = sources(place)
+    names = list(made)
+    for i in range(len(names)):
+        form = names[(i + number) % len(names)]
+        empty_cache(place)
+        yield "read, cold cache", form, seconds_to_read(form, opened(made[form]), number, count)
+        source = opened(made[form])
+        seconds_to_read(form, source, number, count)
+        source = opened(made[form])  # with nothing kept
+        yield "read, warm cache", form, seconds_to_read(form, source, number, count)
+        yield "load", form, seconds_to_load(opened(made[form]), number, count // 4)
+    yield "read, warm cache", "webdataset's own", seconds_of_webdataset(place / "shards", count)
+    empty_cache(place)
+    yield "read, cold cache", "webdataset's own", seconds_of_webdataset(place / "shards", count)
+
+
+def index_of_imagenet(place: Path) -> dict[str, float]:
+    """What an index of as many images in shards of a gigabyte takes."""
+    rows = {name: np.zeros(IMAGENET, dtype) for name, dtype in ROW.items()}
+    rows["shard"] = (np.arange(IMAGENET) // 9000).astype(np.int32)
+    names = tuple(f"train-{i:06d}.tar" for i in range(int(rows["shard"][-1]) + 1))
+    place.mkdir()
+    for name in names:
+        (place / name).touch()
+    write_index(place, ShardIndex(names, (0,) * len(names), ("a",), rows))
+    took: dict[str, list[float]] = {"read_index": [], "order_of_an_epoch": []}
+    for epoch in range(5):
+        began = time.perf_counter()
+        index = read_index(place)
+        read = time.perf_counter()
+        block_order(index.rows["shard"], buffer=65536, lanes=64, seed=0, epoch=epoch)
+        took["read_index"].append(read - began)
+        took["order_of_an_epoch"].append(time.perf_counter() - read)
+    size = (place / "index.npz").stat().st_size
+    return {"megabytes": size / 1e6, **{f"{k}_seconds": median(v) for k, v in took.items()}}
+
+
+def summary(rounds: list[dict[tuple[str, str], float]]) -> dict[str, dict[str, dict[str, float]]]:
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for what, form in rounds[0]:
+        ratios = [times[what, FOLDER] / times[what, form] for times in rounds]
+        found.setdefault(what, {})[form] = {
+            "milliseconds": 1000 * median(times[what, form] for times in rounds),
+            "times_as_fast": median(ratios),
+            "times_as_fast_range": [min(ratios), max(ratios)],
+        }
+    return found
+
+
+def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
+    rows = ["| | form | ms an image | times as fast as image_folder |", "| --- | --- | --- | --- |"]
+    for what, forms in found.items():
+        for form, row in forms.items():
+            low, high = row["times_as_fast_range"]
+            ratio = f"{row['times_as_fast']:.2f} ({low:.2f} to {high:.2f})"
+            rows.append(f"| {what} | {form} | {row['milliseconds']:.3g} | {ratio} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=2000, help="images")
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+        place = Path(folder)
+        datasets.config.HF_DATASETS_CACHE = place / "cache"
+        write_folder(place / "folder", args.count)
+        began = time.perf_counter()
+        pack(place / "folder", place / "shards", max_bytes=10_000_000)
+        packing = (time.perf_counter() - began) / args.count
+        write_parquet(place / "folder", place / "parquet")
+        bytes_ = sum(path.stat().st_size for path in (place / "folder").rglob("*.jpg"))
+        count = int(0.85 * args.count)  # a tenth is set aside to validate on
+        rounds = [
+            {(what, form): seconds for what, form, seconds in one_round(place, number, count)}
+            for number in range(args.rounds)
+        ]
+        index = index_of_imagenet(place / "imagenet")
+    libraries = {name: version(name) for name in ("pillow", "datasets", "pyarrow", "webdataset")}
+    about = {
+        "machine": machine() | {"libraries": libraries, "threads": 1},
+        "images": {"count": args.count, "kilobytes": bytes_ / args.count / 1000, "size": SIZE},
+        "rounds": args.rounds,
+        "results": summary(rounds),
+        "packing_milliseconds": 1000 * packing,
+        "index_of_imagenet": index,
+    }
+    path = ROOT / "benchmarks" / "results" / "loading.json"
+    path.write_text(json.dumps(about, indent=1) + "\n")
+    print(table(about["results"]))
+
+
+if __name__ == "__main__":
+    main()

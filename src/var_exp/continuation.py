@@ -1,0 +1,92 @@
+"""What changed since a run was started, when it is to go on: its configuration and its code.
+
+Going on means that the run ends as if it had never stopped. So what decides on weights, data and
+schedules of a stage that is not over must be as it was; what only decides on speed, on where
+things are written, or on what is looked at may change, and is told.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Of the configuration, what does not change what is trained, by the beginning of the key.
+FREE = (
+    *(
+        "check",
+        "resume",
+        "run_dir",
+        "runs_dir",
+        "objective",
+        "expected",
+        "num_threads",
+        "name",
+        "stages",
+    ),
+    *("logger", "callbacks", "evaluation", "sampling", "tokenizer_ckpt", "init_from"),
+    *("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator"),
+    *("trainer.log_every_n_steps", "trainer.enable_model_summary"),
+    *("datamodule.num_workers", "datamodule.pin_memory", "datamodule.val_batch_size"),
+    *("num_threads", "data.root"),
+)
+# Of a stage, by the end of the key.
+FREE_OF_A_STAGE = (".save_every", ".module.micro_batch", ".module.weights")
+# What only one stage is trained with.
+OWN = {
+    "tokenizer": ("model.tokenizer", "adversary"),
+    "var": ("model.var", "transformer"),
+}
+
+
+class Change(NamedTuple):
+    """A dotted key, what it was, and what it is."""
+
+    key: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.was} -> {self.now}"
+
+
+def changes(was: Any, now: Any, key: str = "") -> Iterator[Change]:
+    """Where two trees of plain data differ; what a newer version knows of is no change."""
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        for name in was:
+            yield from changes(was[name], now.get(name), f"{key}.{name}" if key else str(name))
+    elif was != now:
+        yield Change(key, was, now)
+
+
+def check_changes(
+    run_dir: Path, was: Mapping[str, Any], now: Mapping[str, Any], begun: Sequence[str]
+) -> list[Change]:
+    """What is different in a run's configuration.
+
+    Args:
+        begun: the stages that there are checkpoints of; what another stage is trained with may
+            change.
+
+    Raises:
+        ValueError: something that would break the continuation; all of it is named.
+    """
+    found = list(changes(was, now))
+    if broken := [change for change in found if not is_free(change.key, begun)]:
+        raise ValueError(
+            f"resume: the run in {str(run_dir)!r} was started with other values that decide on "
+            f"what is trained: {'; '.join(map(str, broken))}; keep them, or begin a new run folder "
+            f"where this one is (resume={run_dir} with a new run_dir), or anew (resume=never)"
+        )
+    return found
+
+
+def changed_code(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """What is different in the code that runs: commits and versions of `environment()`."""
+    return [c for c in changes(was, now) if c.key.startswith(("versions", "git", "python"))]
+
+
+def is_free(key: str, begun: Sequence[str]) -> bool:
+    """Whether a run may go on with another value of this key."""
+    if key.startswith("model.") and key.endswith(FREE_OF_A_STAGE):
+        return True
+    others = [key for stage, keys in OWN.items() if stage not in begun for key in keys]
+    return any(key == name or key.startswith(f"{name}.") for name in (*FREE, *others))

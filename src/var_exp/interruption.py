@@ -1,0 +1,126 @@
+"""A program that is asked to stop stops where nothing is lost, and says so by its exit code.
+
+SIGTERM comes from a cluster that wants its machine back, SIGUSR1 from Slurm before the time limit,
+SIGINT from a keyboard. While the signals are held, they are only noted, and the training loop
+looks at the note after each batch; else they end the program on the spot, which is safe where
+files are written whole or not at all. The exit code 85 says: interrupted, and the same command
+goes on. A second Ctrl-C does not wait for the end of the batch.
+
+This module is light, so that a program can take its signals in hand before its slow imports.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+RESUMABLE = 85  # the exit code of a program that was interrupted and can go on
+TRACE = ".interrupted"  # in the run folder: one of the processes of this start was interrupted
+
+
+class Interrupted(SystemExit):
+    """Raised where the program stops; no error, so that none catches it. Its code is 85."""
+
+    def __init__(self, number: int):
+        super().__init__(RESUMABLE)
+        self.number = signal.Signals(number)
+
+    def __str__(self) -> str:
+        return self.number.name
+
+
+class Interruption:
+    """The signals that ask this process to stop; one object for the whole program.
+
+    `noted` is the number of the first signal, None before.
+    """
+
+    def __init__(self) -> None:
+        self.noted: int | None = None
+        self._held = False
+        self._before: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Take the signals in hand, unless this is a thread that is never given any."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+
+    def release(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again, self.noted = self.noted is not None, self.noted or number
+        if not self._held:
+            raise Interrupted(self.noted)
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within this block signals are noted only; an earlier one ends the program here."""
+        self.stop_if_noted()
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        self.stop_if_noted()
+
+    def stop_if_noted(self) -> None:
+        """Raise Interrupted if a signal came."""
+        if self.noted is not None:
+            raise Interrupted(self.noted)
+
+
+def leave(stop: Interrupted, run_dir: Path | None = None) -> None:
+    """End this process, and let the other processes of the run know why.
+
+    A process that another one of ours has started ends with code 0: its parent would be killed
+    for the failure of a child, before it has ended in order.
+    """
+    if run_dir is not None and run_dir.is_dir():
+        with contextlib.suppress(OSError):
+            (run_dir / TRACE).write_text(f"{stop}\n")
+    if is_child():
+        sys.exit(0)
+    if is_first():
+        print(f"stopped by {stop}; the same command goes on", file=sys.stderr, flush=True)
+    raise stop
+
+
+def forget_trace(run_dir: Path) -> None:
+    """Called when a run starts or goes on."""
+    (run_dir / TRACE).unlink(missing_ok=True)
+
+
+def is_child() -> bool:
+    """Whether a process of this program has started this one, not torchrun or Slurm."""
+    launched = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    return launched and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def is_first() -> bool:
+    """Whether this is the first process of a run, as whoever started it says.
+
+    Known before the processes have found each other.
+    """
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return int(next((os.environ[name] for name in names if name in os.environ), 0)) == 0
+
+
+def ignore_signals(*_: Any) -> None:
+    """For processes that load data: who asks the whole group to stop means the one they serve.
+
+    Theirs is told by closing its queue, and ends them.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

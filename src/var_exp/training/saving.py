@@ -1,0 +1,317 @@
+"""What a stage keeps on the disk, and where it goes on from.
+
+    last.ckpt       the newest state of training; `previous.ckpt` is the one before
+    best.ckpt       the state at the best validation
+
+A file is written beside its place, verifies itself, and is on the disk before it takes its place:
+a kill at any moment leaves whole files. One that was damaged later is named, and the one before
+it is used. A disk that is full stops saving, not training.
+"""
+
+import copy
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+
+from var_exp.checkpoint import KEY, read_checkpoint, write_checkpoint
+from var_exp.files import check_seal, replacing
+from var_exp.interruption import Interrupted, Interruption
+from var_exp.ranks import common_batches, max_over_ranks
+
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+
+
+class SealedFiles(CheckpointIO):
+    """Reads and writes whole, sealed files; one that cannot be written is no error.
+
+    `failed` says whether the last one could not.
+    """
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        keep = path.with_name(PREVIOUS) if path.name == LAST else None
+        failed_before = self.failed
+        try:
+            write_checkpoint(checkpoint, path, keep)
+            self.failed = False
+        except OSError as error:
+            self.failed = True
+            if not failed_before:
+                print(
+                    f"checkpoint: {str(path)!r} could not be written ({error.strerror or error}); "
+                    f"training goes on and tries again at the next one, what was saved stays",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def load_checkpoint(
+        self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read_checkpoint(path)
+
+    def remove_checkpoint(self, path: str | os.PathLike) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class Checkpoints(Checkpoint):
+    """Save after each validation, every n batches, and when the run is interrupted.
+
+    All processes stop after the same batch, once one of them was asked to. A validation that an
+    interruption cut off, or left no time for, is made up for when the stage goes on.
+
+    Args:
+        folder: of the stage.
+        monitor, mode: the validation figure that the best checkpoint is chosen by; "min" or "max".
+        interruption: the signals of this process.
+        save_every: batches between further checkpoints; None: at validations only.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        monitor: str,
+        mode: str,
+        interruption: Interruption,
+        save_every: int | None = None,
+    ):
+        self.folder, self.monitor, self.interruption = folder, monitor, interruption
+        self.sign = {"min": -1, "max": 1}[mode]
+        self.save_every = save_every
+        self.best: float | None = None  # the figure of best.ckpt
+        self.best_batch = 0
+        self.validation_due = False
+        self.loops: dict[str, Any] = {}  # Lightning's, as they are before the validation is run
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("best", "best_batch", "validation_due")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+        if not (self.folder / BEST).exists():  # lost, see `provide_best`
+            self.best = None
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.loops = copy.deepcopy(checkpoint["loops"]["fit_loop"])
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.validation_due:
+            checkpoint["loops"]["fit_loop"] = self.loops
+
+    # -- when ---------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not self.validation_due:
+            return
+        validate(trainer)
+        if batches_done(trainer) == trainer.datamodule.num_batches:
+            trainer.should_stop = True  # or Lightning would begin another epoch
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        done = batches_done(trainer)
+        self.validation_due = done % trainer.val_check_batch == 0
+        if self.validation_due:
+            self.loops = copy.deepcopy(trainer.fit_loop.state_dict())
+        self.stop_if_asked(trainer)
+        if self.save_every and done % self.save_every == 0 and not self.validation_due:
+            self.save(trainer, LAST)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int, *_
+    ) -> None:
+        # Some processes may have a batch more than others.
+        data = trainer.datamodule
+        common = common_batches(len(data.source.val), data.val_batch_size)
+        if trainer.state.fn == "fit" and i < common:
+            self.stop_if_asked(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        self.stop_if_asked(trainer)
+        self.validation_due = False
+        score, before = trainer.callback_metrics[self.monitor].item(), (self.best, self.best_batch)
+        if self.best is None or self.sign * score > self.sign * self.best:
+            self.best, self.best_batch = score, batches_done(trainer)
+            if not self.save(trainer, BEST):
+                self.best, self.best_batch = before
+        self.save(trainer, LAST)
+
+    def stop_if_asked(self, trainer: L.Trainer) -> None:
+        """Save and raise Interrupted in all processes, where one of them was sent a signal."""
+        number = max_over_ranks(self.interruption.noted or 0, trainer.strategy.root_device)
+        if number:
+            self.save(trainer, LAST)
+            raise Interrupted(number)
+
+    # -- how ----------------------------------------------------------------------------------
+
+    def save(self, trainer: L.Trainer, name: str) -> bool:
+        """Write a file; whether it was written. To be called by all processes."""
+        for logger in trainer.loggers:
+            logger.save()  # what was logged up to here is not logged again
+        trainer.save_checkpoint(self.folder / name)
+        written = not trainer.strategy.checkpoint_io.failed
+        if written and name == BEST:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(self)
+        return written
+
+
+def batches_done(trainer: L.Trainer) -> int:
+    return trainer.lightning_module.batch + 1
+
+
+def validate(trainer: L.Trainer) -> None:
+    """Run a validation within training, as Lightning's loop over batches does."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False  # from its first batch
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+
+
+# -- going on -------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """A checkpoint that a stage goes on from: where it is, and what it holds."""
+
+    path: Path
+    content: dict[str, Any]
+
+
+def newest_path(folder: Path) -> Path | None:
+    """The newest checkpoint of a stage's folder, whole or not."""
+    return next((folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()), None)
+
+
+def newest(folder: Path) -> Found | None:
+    """The newest whole checkpoint of a stage's folder; None where there is none at all.
+
+    Raises:
+        ValueError: there are some, and all of them are damaged.
+    """
+    refused = []
+    for name in (LAST, PREVIOUS):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            found = Found(path, read_checkpoint(path))
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            for reason in refused:
+                say(f"{reason}; going on from {str(path)!r}")
+            return found
+    if refused:
+        raise ValueError(
+            f"{'; '.join(refused)}; nothing is left to go on from, resume=never starts anew"
+        )
+    return None
+
+
+def earlier(run_dir: Path, stage: str, resume: str) -> Found | None:
+    """What a stage goes on from.
+
+    Args:
+        resume: "auto": what is in the run folder; "never": nothing; or a checkpoint or a run
+            folder. One that is elsewhere is where a run folder begins, and not used again once
+            the stage has checkpoints there: so the same command goes on after an interruption.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged.
+    """
+    folder = run_dir / stage
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return newest(folder)
+    path = Path(resume).absolute()
+    if not path.exists():
+        raise ValueError(
+            f"resume: expected auto, never, a checkpoint or a run folder, there is no {resume!r}"
+        )
+    if not path.is_relative_to(run_dir.absolute()) and (own := newest(folder)):
+        return own
+    if path.is_dir():
+        return newest(path / stage)
+    found = Found(path, read_checkpoint(path))
+    return found if found.content[KEY]["stage"] == stage else newest(folder)
+
+
+def provide_best(folder: Path, found: Found) -> None:
+    """See to it that `best.ckpt` is there and whole, where what a stage goes on from had one.
+
+    The very state that the stage goes on from may be the best one. Where it is lost, that is
+    said, and the best of the validations to come takes its place.
+    """
+    state = found.content["callbacks"][Checkpoints.__name__]
+    if state["best"] is None:
+        return
+    best = found.path.with_name(BEST)
+    try:
+        check_seal(best)
+        if best.parent != folder and (batch := batch_of(best)) != state["best_batch"]:
+            raise ValueError(f"it is of batch {batch}, the best so far was {state['best_batch']}")
+    except ValueError as error:
+        (folder / BEST).unlink(missing_ok=True)
+        if state["best_batch"] != progress_in(found.content)["batch"]:
+            say(f"checkpoint: {str(best)!r}: {error}; the best of what follows takes its place")
+            return
+        best = found.path
+    if best != folder / BEST:
+        with replacing(folder / BEST) as unfinished:
+            shutil.copyfile(best, unfinished)
+
+
+def batch_of(path: Path) -> int:
+    """The batch after which a checkpoint was saved."""
+    return progress_in(read_checkpoint(path))["batch"]
+
+
+def best_or_newest(folder: Path) -> dict[str, Any]:
+    """The content of the best checkpoint, or of the newest one where the best one is damaged."""
+    try:
+        return read_checkpoint(folder / BEST)
+    except ValueError as error:
+        found = newest(folder)
+        if found is None:
+            raise
+        say(f"{error}; taking the weights of {str(found.path)!r}")
+        return found.content
+
+
+def progress_in(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What `BatchProgress` wrote into a checkpoint: batch, seconds, plan."""
+    return checkpoint["callbacks"]["BatchProgress"]
+
+
+def is_finished(checkpoint: dict[str, Any]) -> bool:
+    """Whether nothing is left to train, nor to validate."""
+    progress = progress_in(checkpoint)
+    due = checkpoint["callbacks"][Checkpoints.__name__]["validation_due"]
+    return progress["batch"] == progress["plan"]["num_batches"] and not due
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
