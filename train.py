@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -268,7 +267,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 def tell_changes(cfg: DictConfig, run_dir: Path) -> None:
     """Say what is different from when the run was started; raise ValueError if it matters."""
-    begun = [stage for stage in ("tokenizer", "var") if newest_path(run_dir / stage)]
+    begun = [stage for stage in cfg.stages if newest_path(run_dir / stage)]
     if not begun or cfg.resume != "auto" or not is_first():
         return
     was, room = recorded(run_dir)
@@ -314,7 +313,7 @@ def check_job(cfg: DictConfig, run_dir: Path) -> int:
 # -- one stage ------------------------------------------------------
 
 
-def make_trainer(cfg: DictConfig) -> Callable[..., L.Trainer]:
+def make_trainer(cfg: DictConfig) -> Callable[..., Any]:
     return instantiate(cfg.trainer, **given_by_torchrun(), _partial_=True)
 
 
@@ -346,6 +345,7 @@ def main(cfg: DictConfig) -> float | None:
     if cfg.check:
         sys.exit(check_job(cfg, Path(cfg.run_dir).resolve()) if is_first() else 0)
     run_dir = Path(HydraConfig.get().runtime.output_dir).resolve()
+    interruption.install()  # again: a launcher may run this in a process of its own
     try:
         with locked(run_dir) if is_first() else nullcontext():
             forget_trace(run_dir)

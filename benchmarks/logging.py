@@ -16,12 +16,13 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import tempfile
 import time
 from datetime import date
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
@@ -125,20 +126,22 @@ def measure(
     return {mode: seconds[:rounds] for mode, seconds in alternate.seconds.items()}
 
 
-def summary(seconds: dict[str, list[float]], step: float) -> dict[str, dict[str, float]]:
+def summary(seconds: dict[str, list[float]], step: float) -> dict[str, dict[str, Any]]:
     """Milliseconds that each mode adds to a batch, and their share of a step of so many seconds.
 
-    Medians over the rounds, and the quartiles of what is added.
+    Medians over the rounds, between the bounds that hold them with 95 % (order statistics).
     """
     found = {}
     for mode in list(seconds)[1:]:
-        times = seconds[mode]
-        added = [ours - none for ours, none in zip(times, seconds[NOTHING], strict=True)]
-        low, middle, high = quantiles(added, n=4)
+        pairs = zip(seconds[mode], seconds[NOTHING], strict=True)
+        added = sorted(1000 * (ours - none) for ours, none in pairs)
+        away = 1.96 * math.sqrt(len(added)) / 2  # the median's rank is binomial
+        low, high = (round((len(added) - 1) / 2 + sign * away) for sign in (-1, 1))
         found[mode] = {
-            "added_ms": 1000 * middle,
-            "added_ms_quartiles": [1000 * low, 1000 * high],
-            "share_of_step": middle / step,
+            "added_ms": median(added),
+            "added_ms_bounds": [added[low], added[high]],
+            "share_of_step": median(added) / (1000 * step),
+            "share_of_step_at_most": added[high] / (1000 * step),
         }
     return found
 
@@ -150,15 +153,16 @@ def table(results: dict[str, dict]) -> str:
     ]
     for stage, found in results.items():
         for mode, row in found["modes"].items():
-            low, high = row["added_ms_quartiles"]
+            low, high = row["added_ms_bounds"]
             added = f"{row['added_ms']:.2f} ({low:.2f} to {high:.2f})"
-            share = f"{100 * row['share_of_step']:.2f} % of {found['default_step_ms']:.0f} ms"
+            share = f"{100 * row['share_of_step']:.2f} %"
+            share += f" (at most {100 * row['share_of_step_at_most']:.2f} %)"
             rows.append(f"| {stage} | {mode} | {added} | {share} |")
     return "\n".join(rows)
 
 
 def measure_stage(stage: str, rounds: int) -> dict[str, Any]:
-    step = median(measure(stage, DEFAULT, rounds // 4, [NOTHING])[NOTHING])
+    step = median(measure(stage, DEFAULT, rounds // 8, [NOTHING])[NOTHING])
     seconds = measure(stage, LIGHT, rounds, list(MODES))
     return {
         "overrides": LIGHT,
@@ -170,7 +174,7 @@ def measure_stage(stage: str, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=120)
     args = parser.parse_args()
     torch.set_num_threads(1)
     about = {**machine(), "date": date.today().isoformat(), "threads": 1}

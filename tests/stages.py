@@ -97,7 +97,9 @@ def run(stage, source, folder, *callbacks, trainer=ONE, **changes):
 
     `changes` are arguments of `fit_stage` and of the module.
     """
-    given = {"seed": 0, "batch_size": 6, "val_every": 3} | {k: v for k, v in changes.items() if k in FIT}
+    given = {"seed": 0, "batch_size": 6, "val_every": 3} | {
+        k: v for k, v in changes.items() if k in FIT
+    }
     module = make_module(stage, **{k: v for k, v in changes.items() if k not in FIT})
     options = {"accelerator": "cpu", "enable_model_summary": False} | ONE | trainer
     trainer = functools.partial(L.Trainer, **options)

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "slurm": SIGNALS,
     "continuation": set(),
     "preflight": NETWORKS | SIGNALS | {"data", "training", "cli"},
-    "cli": FILES | SIGNALS | RANKS | {"environment", "lock", "processes"},
+    "cli": FILES | SIGNALS | RANKS | {"environment", "processes"},
 }
 
 # Libraries that only some rooms may know.

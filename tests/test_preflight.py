@@ -138,7 +138,7 @@ def test_every_mistake_of_a_job_is_found_in_one_run(images, tmp_path, monkeypatc
         ["objective", "'none/loss'"],
         ["evaluation", "num_samples", "1"],
         ["evaluation.reference", "nowhere.npz"],
-        ["Inception", "pt_inception", "is missing", "ACheckFetchesNothing"],
+        ["Inception", "weights-inception", "is missing", "evaluation.weights=PATH"],
         ["VGG", "vgg16", "is missing", "loss.perceptual.weights=PATH"],
         ["DINO", "is missing", "adversary.discriminator.weights=PATH"],
         ["transformer.num_heads", "3"],

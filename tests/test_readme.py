@@ -17,7 +17,7 @@ SMALL_OF = {
 }
 # What is not here: a network, a GPU, a folder of images. Such commands are only composed.
 ABSENT = ("mnist", "cifar10", "imagenet", "gpu", "DIR", "official")
-KNOWN = ("pip install", "pytest", "python train.py", "python sample.py")
+KNOWN = ("pip install", "pytest", "python train.py", "python sample.py", "sbatch docs/train.sbatch")
 
 
 def blocks(language: str) -> list[str]:

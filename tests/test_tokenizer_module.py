@@ -52,8 +52,8 @@ def test_the_adversary_sets_in_at_its_start_and_batches_count_not_optimizer_step
     assert watch.steps[NUM_BATCHES] == NUM_BATCHES + len(adversarial)
     assert watch.figures[4]["train/adversarial_weight"] == 0  # the first one only measures
     assert watch.figures[5]["train/adversarial_weight"] > 0
-    folder = tmp_path / "tokenizer"
-    assert {path.name for path in folder.iterdir()} == {"best.ckpt", "last.ckpt"}
+    kept = {"best.ckpt", "last.ckpt", "previous.ckpt"}
+    assert {path.name for path in (tmp_path / "tokenizer").iterdir()} == kept
 
 
 def test_both_networks_learn_and_neither_learns_from_the_others_loss(digits, tmp_path):

@@ -64,8 +64,10 @@ def test_a_run_leaves_the_documented_folders_and_nothing_else(trained):
     expected = {".hydra", "tokenizer", "var", "samples", "evaluation", "csv", "wandb"}
     assert names(trained) == expected | {"metrics.json", "environment.json", "report.html"}
     assert names(trained / ".hydra") == {"config.yaml", "hydra.yaml", "overrides.yaml"}
-    stage = {"best.ckpt", "last.ckpt", "curves.png", "pictures", "wandb_id"}
-    assert names(trained / "tokenizer") == names(trained / "var") == stage
+    kept = {"best.ckpt", "last.ckpt", "previous.ckpt"}
+    stage = kept | {"curves.png", "pictures", "wandb_id"}
+    assert names(trained / "var") == stage
+    assert names(trained / "tokenizer") == stage | {"codebook.png"}
     assert names(trained / "samples") == PICTURES
     assert names(trained / "evaluation") == {"classifier.pt"}
     for path, content in files(trained).items():

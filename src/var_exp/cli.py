@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from var_exp import lock
 from var_exp.environment import environment
 from var_exp.files import replacing
 from var_exp.interruption import RESUMABLE, TRACE
@@ -145,13 +144,7 @@ def first_cause(error: BaseException) -> str:
 
 
 def remove_if_empty(run_dir: Path) -> None:
-    """Delete the folder that Hydra made for a run, and the folder around it, if they are empty.
-
-    A lock that was given back, and is empty then, is nothing.
-    """
-    names = [path.name for path in run_dir.iterdir()] if run_dir.is_dir() else []
-    if names == [lock.NAME] and (run_dir / lock.NAME).stat().st_size == 0:
-        (run_dir / lock.NAME).unlink()
+    """Delete the folder that Hydra made for a run, and the folder around it, if they are empty."""
     for folder in (run_dir, run_dir.parent):
         if folder.resolve() != Path.cwd():
             with contextlib.suppress(OSError):  # it holds something

@@ -32,7 +32,7 @@ FREE = (
 FREE_OF_A_STAGE = (".save_every", ".module.micro_batch", ".module.weights")
 # What only one stage is trained with.
 OWN = {
-    "tokenizer": ("model.tokenizer", "adversary"),
+    "tokenizer": ("model.tokenizer", "adversary", "tokenizer"),
     "var": ("model.var", "transformer"),
 }
 

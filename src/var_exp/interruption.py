@@ -46,9 +46,12 @@ class Interruption:
         self._held = False
         self._before: dict[int, Any] = {}
 
+    def __reduce__(self) -> tuple:
+        return Interruption, ()  # in another process nothing has happened yet
+
     def install(self) -> None:
-        """Take the signals in hand, unless this is a thread that is never given any."""
-        if threading.current_thread() is threading.main_thread():
+        """Take the signals in hand, unless they are, or this is a thread that is given none."""
+        if not self._before and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def release(self) -> None:
@@ -84,28 +87,21 @@ class Interruption:
 def leave(stop: Interrupted, run_dir: Path | None = None) -> None:
     """End this process, and let the other processes of the run know why.
 
-    A process that another one of ours has started ends with code 0: its parent would be killed
-    for the failure of a child, before it has ended in order.
+    Of several processes the first one says 85. The others end with 0: whoever started them, this
+    program, torchrun or srun, may end the first one at once for the failure of another.
     """
     if run_dir is not None and run_dir.is_dir():
         with contextlib.suppress(OSError):
             (run_dir / TRACE).write_text(f"{stop}\n")
-    if is_child():
+    if not is_first():
         sys.exit(0)
-    if is_first():
-        print(f"stopped by {stop}; the same command goes on", file=sys.stderr, flush=True)
+    print(f"stopped by {stop}; the same command goes on", file=sys.stderr, flush=True)
     raise stop
 
 
 def forget_trace(run_dir: Path) -> None:
     """Called when a run starts or goes on."""
     (run_dir / TRACE).unlink(missing_ok=True)
-
-
-def is_child() -> bool:
-    """Whether a process of this program has started this one, not torchrun or Slurm."""
-    launched = int(os.environ.get("LOCAL_RANK", 0)) > 0
-    return launched and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def is_first() -> bool:

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import IO
 
 NAME = ".lock"
 
@@ -25,33 +26,46 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process holds it, or nothing can be written there.
     """
+    path = folder / NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / NAME, "a+")
+        file = open(path, "a+")
     except OSError as error:
         raise ValueError(
             f"run_dir: cannot write in {str(folder)!r} ({error.strerror}); choose another run_dir "
             f"or runs_dir, or ask for permission"
         ) from None
     with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        if not _lock(file) or not _is_at(file, path):
             file.seek(0)
             who = file.read().strip() or "another process"
             raise ValueError(
                 f"run_dir: {str(folder)!r} is in use by {who}; wait for it or stop it, or "
                 f"start in a new run folder (run_dir=...)"
-            ) from None
-        except OSError:  # no locks on this file system
-            yield
-            return
+            )
         file.truncate(0)
-        file.write(
-            f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%F %T}\n"
-        )
+        now = datetime.now()
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now:%F %T}\n")
         file.flush()
         try:
             yield
         finally:
-            file.truncate(0)
+            path.unlink(missing_ok=True)  # while it is held
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # no locks on this file system
+        return True
+    return True
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether a file is still the one at a path: who held it may just have deleted it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

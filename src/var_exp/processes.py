@@ -125,5 +125,10 @@ def agree_on_start() -> None:
         now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
         store = dist.TCPStore(host, port, is_master=False)  # torchrun's own
         os.environ[START] = store.compare_set(START, "", now).decode()
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    elif "SLURM_STEP_ID" in os.environ and not is_interactive():
         os.environ[START] = f"job_{os.environ['SLURM_JOB_ID']}_{os.environ['SLURM_STEP_ID']}"
+
+
+def is_interactive() -> bool:
+    """Whether this is a shell that Slurm has given a place, in which much may be started."""
+    return os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")

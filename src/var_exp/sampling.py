@@ -174,13 +174,16 @@ def decode_by_rows(
 
     Convolutions choose their kernel, and with it the order of their sums, by the batch.
     """
+    count = len(indices[0])
+    more = _round_up(count) - count  # rows that fill the last part
+    indices = [torch.cat([c, c[:1].expand(more, -1)]) for c in indices]
     parts = [
         tokenizer.decode([c[i : i + ROWS] for c in indices], per_scale)
         for i in range(0, len(indices[0]), ROWS)
     ]
     if per_scale:
-        return [torch.cat(images) for images in zip(*parts, strict=True)]
-    return torch.cat(parts)
+        return [torch.cat(images)[:count] for images in zip(*parts, strict=True)]
+    return torch.cat(parts)[:count]
 
 
 def _round_up(rows: int) -> int:

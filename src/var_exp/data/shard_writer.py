@@ -60,10 +60,10 @@ def plan(source: ImageFolder, out: Path, max_bytes: int, seed: int) -> list[Shar
     """
     # Archives end with two empty blocks and are filled up to whole records.
     room = max_bytes // tarfile.RECORDSIZE * tarfile.RECORDSIZE - 2 * tarfile.BLOCKSIZE
-    jobs = []
+    jobs, taken = [], set()
     for part in ("train", "val"):
         files = getattr(source, part)
-        samples = list(samples_of(files, source.root, bool(source.class_names)))
+        samples = list(samples_of(files, source.root, bool(source.class_names), taken))
         piles: list[list[Sample]] = []
         size = room
         for number in epoch_order(len(samples), seed, epoch=0):
@@ -77,9 +77,8 @@ def plan(source: ImageFolder, out: Path, max_bytes: int, seed: int) -> list[Shar
     return jobs
 
 
-def samples_of(files: ImageFiles, root: str, labelled: bool) -> Iterator[Sample]:
-    """Keys are paths below the folder without extension; of equal ones the later get a number."""
-    taken: set[str] = set()
+def samples_of(files: ImageFiles, root: str, labelled: bool, taken: set[str]) -> Iterator[Sample]:
+    """Keys are paths below the folder without extension; those that are taken get a number."""
     for path, label in zip(files.paths, files.labels, strict=True):
         folder, _, base = os.path.relpath(path, root).replace(os.sep, "/").rpartition("/")
         stem = os.path.splitext(base)[0].replace(".", "_")  # the key ends at the first dot

@@ -27,7 +27,8 @@ class Findings:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            ours = isinstance(error, ValueError) or type(error).__module__.startswith("hydra")
+            kind = "" if ours else f"{type(error).__name__}: "
             self.error(f"{kind}{first_cause(error)}")
             return None
 

@@ -38,6 +38,7 @@ UNFIT_ADVICE = (
     "Experiment logs directory",
     "is smaller than the logging interval",
     "your dataloader is not resumable",  # its batches are a function of their number
+    "`srun` command is available",  # whoever has Slurm may also train without it
     "FSDP2-wrapped module",  # nobody changes what a sharded module returns
 )
 
@@ -91,7 +92,8 @@ def fit_stage(
         Interrupted: a signal came; what was trained is saved.
     """
     folder = run_dir / module.stage
-    found = check_stage(module, run_dir, batch_size, num_batches, val_every, seed, resume, save_every)
+    lengths = (batch_size, num_batches, val_every)
+    found = check_stage(module, run_dir, *lengths, seed, resume, save_every)
     interruption = interruption or Interruption()
     if found is not None:
         module.on_load_checkpoint(found.content)

@@ -202,17 +202,16 @@ class ShardableModule(L.LightningModule):
             if self.shards:
                 self.shards.release()
 
-    # Validation sees whole networks, and so do the callbacks that look at them at its end.
+    # Validation sees whole networks, and so do the callbacks that look at them at its end, which
+    # are called before the module. Not in the hooks for modes: Lightning keeps no modes then.
 
-    def on_validation_model_eval(self) -> None:
-        super().on_validation_model_eval()
+    def on_validation_start(self) -> None:
         if self.shards:
             self.shards.gather()
 
-    def on_validation_model_train(self) -> None:
+    def on_validation_end(self) -> None:
         if self.shards:
             self.shards.release()
-        super().on_validation_model_train()
 
     def on_fit_end(self) -> None:
         if self.shards:
