@@ -1,5 +1,6 @@
 """Jobs of a real Slurm stop in time, go back to the queue and go on as if nothing had happened."""
 
+import subprocess
 import sys
 
 import pytest
@@ -23,7 +24,7 @@ JOB = [
     "model.tokenizer.val_every=100",
     "trainer.precision=32-true",
 ]
-TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2"]
+ALONE = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]  # without a cluster
 PLACE = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "MASTER_ADDR": "127.0.0.1"}
 
 
@@ -38,8 +39,7 @@ def slurm(tmp_path_factory):
 def whole(tmp_path_factory):
     """The run folder of two processes that nobody stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    alone = [o for o in TWO if "num_nodes" not in o and "devices" not in o]
-    code, said = Program(folder, *JOB, *alone, "trainer.devices=2").end()
+    code, said = Program(folder, *JOB, *ALONE).end()
     assert code == 0, said
     return folder / "run"
 
@@ -97,13 +97,18 @@ def test_a_job_of_two_nodes_that_is_told_to_stop_requeues_itself_and_goes_on_exa
     assert_like(tmp_path / "run", whole, said)
 
 
-def test_the_signal_before_the_time_limit_does_the_same(slurm, submit, whole, tmp_path):
+def test_the_signal_before_the_time_limit_does_the_same(slurm, submit, tmp_path):
+    longer = ["model.tokenizer.num_batches=1500", "model.tokenizer.val_every=750"]
+    code, said = Program(tmp_path / "whole", *JOB, *ALONE, *longer).end()
+    assert code == 0, said
     # Slurm sends it up to a minute early, so that a job of two minutes may get it at once.
-    job = submit("--time=2", "--signal=USR1@60", arguments=["model.tokenizer.save_every=20"])
-    slurm.wait(lambda: int(slurm.about(job).get("Restarts", 0)) >= 1, 240)
+    job = submit("--time=2", "--signal=USR1@60", arguments=longer)
+    slurm.wait(lambda: int(slurm.about(job).get("Restarts", 0)) >= 1)
     slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     slurm.wait_for_end(job)
-    assert_like(tmp_path / "run", whole, log_of(slurm, job))
+    said = log_of(slurm, job)
+    assert "stopped by SIGUSR1" in said, said
+    assert_like(tmp_path / "run", tmp_path / "whole" / "run", said)
 
 
 def test_a_preempted_job_makes_room_and_goes_on_exactly(slurm, submit, whole, tmp_path):
@@ -130,8 +135,6 @@ def test_a_cancelled_job_saves_and_stays_away(slurm, submit, tmp_path):
 
 
 def test_a_sweep_is_one_job_for_each_point(slurm, tmp_path):
-    import subprocess
-
     # Without accounting submitit cannot ask sacct; squeue knows the same.
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "sacct").write_text(
@@ -154,5 +157,5 @@ def test_a_sweep_is_one_job_for_each_point(slurm, tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout + slurm.logs()
     folders = sorted(path.parent for path in tmp_path.rglob("metrics.json"))
     assert [folder.name for folder in folders] == ["0", "1"]
-    array = {path.name.split("_")[0] for path in tmp_path.glob("digits/*/.submitit/*_*")}
-    assert len(array) == 1  # both points are of one array
+    jobs = {path.name for path in tmp_path.glob("digits/*/.submitit/[0-9]*_[01]")}
+    assert len(jobs) == 2 and len({name.partition("_")[0] for name in jobs}) == 1  # of one array
