@@ -97,6 +97,7 @@ def test_a_job_of_two_nodes_that_is_told_to_stop_requeues_itself_and_goes_on_exa
     assert_like(tmp_path / "run", whole, said)
 
 
+@pytest.mark.slow
 def test_the_signal_before_the_time_limit_does_the_same(slurm, submit, tmp_path):
     longer = ["model.tokenizer.num_batches=1500", "model.tokenizer.val_every=750"]
     code, said = Program(tmp_path / "whole", *JOB, *ALONE, *longer).end()
@@ -114,7 +115,9 @@ def test_the_signal_before_the_time_limit_does_the_same(slurm, submit, tmp_path)
 def test_a_preempted_job_makes_room_and_goes_on_exactly(slurm, submit, whole, tmp_path):
     job = submit()
     wait_for_training(slurm, job)
-    urgent = slurm.submit("-p", "urgent", "-N", "2", "--exclusive", "--wrap", "sleep 5")
+    urgent = slurm.submit(
+        *("-p", "urgent", "-N", "2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 5")
+    )
     slurm.wait(lambda: slurm.state(urgent) in ("RUNNING", ""))
     assert slurm.state(job) in ("PENDING", "COMPLETING", "CONFIGURING")
     slurm.wait_for_end(job)
