@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from var_exp.cli import (
     Metrics,
+    check_sweep,
     launch,
     read_metrics,
     record_composition,
@@ -95,8 +95,7 @@ def check_choices(cfg: DictConfig) -> torch.device:
     """The device; raises ValueError for what can be found wrong before networks are read."""
     device = choose_device(cfg.device)
     check_processes(device, cfg.devices, cfg.num_nodes)
-    if cfg.devices * cfg.num_nodes > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise ValueError("devices: expected 1 with --multirun, which starts this program itself")
+    check_sweep(cfg.devices * cfg.num_nodes)
     for key in ("png", "npz", "evaluate"):
         if type(cfg[key]) is not bool:
             raise ValueError(f"{key}: expected true or false, got {cfg[key]!r} ({key}=...)")

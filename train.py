@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from var_exp.cli import (
+    check_sweep,
     launch,
     parts_from_files,
     point_latest,
@@ -70,10 +71,12 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     data = make_data(cfg)
     tokenizer = make_tokenizer(cfg, data.source, run_dir)
     modules = make_modules(cfg, data.source, tokenizer)  # all of them: mistakes show now
+    with quiet():
+        trainer = make_trainer(cfg)(logger=False)
+    check_sweep(trainer.num_devices * trainer.num_nodes)
     for stage, module in modules.items():
         check_stage(module, run_dir, **course(cfg, stage, data.source))
-        with quiet():
-            check_share(stage, cfg.model[stage].batch_size, make_trainer(cfg)(logger=False))
+        check_share(stage, cfg.model[stage].batch_size, trainer)
     tell_changes(cfg, run_dir)
     evaluator = make_evaluator(cfg, data.source, run_dir)
     if is_first():

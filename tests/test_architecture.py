@@ -44,6 +44,7 @@ MAY_IMPORT = {
     | {"sampling", "checkpoint", "data", "evaluation"},
     "lock": set(),
     "slurm": SIGNALS,
+    "search": SIGNALS | {"cli"},
     "continuation": set(),
     "preflight": NETWORKS | SIGNALS | {"data", "training", "cli"},
     "cli": FILES | SIGNALS | RANKS | {"environment", "processes"},
@@ -53,7 +54,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "lightning": {"training", "data", "processes"},
     "pytorch_lightning": set(),
-    "hydra": {"cli"},
+    "hydra": {"cli", "search"},
     "omegaconf": {"cli"},
     "wandb": {"training"},
     "wandb_workspaces": {"training"},

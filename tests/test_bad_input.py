@@ -384,3 +384,15 @@ def test_a_refused_draw_leaves_the_record_of_the_draw_before_it(trained, tmp_pat
     assert any(name.startswith(".hydra/") for name in before)
     assert_refused(run("sample", *options, "temperature=0"), "temperature", "0")
     assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("program", ["train", "sample"])
+def test_several_processes_within_a_sweep_are_refused(program, trained, tmp_path):
+    options = {
+        "train": ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", *QUICK],
+        "sample": [f"ckpt={trained}", "devices=2"],
+    }[program]
+    place = [f"hydra.sweep.dir={tmp_path}/sweep", f"runs_dir={tmp_path}"]
+    done = run(program, "-m", "seed=0,1", *options, *place)
+    assert done.code == 1
+    assert "expected 1 with --multirun" in done.err and "hydra/launcher=slurm" in done.err

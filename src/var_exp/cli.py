@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -141,6 +142,20 @@ def first_cause(error: BaseException) -> str:
     if any(line.startswith("Original Traceback") for line in lines):
         lines = [lines[-1].partition(": ")[2]]
     return " ".join([*lines, *(f"({line})" for line in where)])
+
+
+def check_sweep(num_processes: int) -> None:
+    """Raise ValueError for several processes in a sweep that Hydra runs within this one.
+
+    Each process that Lightning starts would start the program again, and with it the sweep.
+    """
+    hydra = HydraConfig.get()
+    within = hydra.launcher.get("_target_", "").endswith("BasicLauncher")
+    if hydra.mode == RunMode.MULTIRUN and within and num_processes > 1:
+        raise ValueError(
+            f"devices: expected 1 with --multirun, whose points are run by this process, got "
+            f"{num_processes}; run them one by one, or as jobs (hydra/launcher=slurm)"
+        )
 
 
 def remove_if_empty(run_dir: Path) -> None:

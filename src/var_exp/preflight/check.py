@@ -17,7 +17,13 @@ from var_exp.preflight.findings import Findings
 from var_exp.preflight.images import Looked, balance_of, look
 from var_exp.preflight.job import Job
 from var_exp.preflight.memory import Devices, devices_of
-from var_exp.preflight.place import KEPT, check_writable, checkpoints_bytes, free_bytes
+from var_exp.preflight.place import (
+    KEPT,
+    check_writable,
+    checkpoints_bytes,
+    free_bytes,
+    nearest,
+)
 from var_exp.preflight.report import amount, balance_row, looked_row
 from var_exp.preflight.stages import check_stages
 from var_exp.training.wandb_logger import ContinuedWandbLogger, mode_of
@@ -99,8 +105,9 @@ def find_source(job: Job, found: Findings) -> ImageSource | None:
 
 def check_machine(job: Job, checkpoints: Sequence[int], found: Findings) -> None:
     """Folders, disk and loggers, with a table."""
-    for place in job.places:
-        found.attempt(check_writable, place)
+    by_place = {nearest(folder): folder for folder in reversed(job.places)}  # each is said once
+    for folder in by_place.values():
+        found.attempt(check_writable, folder)
     run_dir, rows = job.places[0], {}
     free, needed = free_bytes(run_dir), checkpoints_bytes(checkpoints)
     if checkpoints:

@@ -110,8 +110,9 @@ def divides(batch_size: int, devices: Devices, stage: str, found: Findings) -> b
 
 def check_memory(module: StageModule, needs: Needs, memory: int | None, found: Findings) -> None:
     key = f"model.{module.stage}.module.micro_batch"
+    now = module.micro_batch or "the whole share of a device"
     for work, takes, remedy in (
-        ("a training step", needs.training, f"lower {key} (now {module.micro_batch})"),
+        ("a training step", needs.training, f"lower {key}, now {now}"),
         ("validation", needs.validation, "lower evaluation.batch_size"),
     ):
         message = (
