@@ -1,17 +1,20 @@
 """Whenever a stage is stopped it goes on as if it had not been; damaged files are passed over."""
 
 import errno
+import functools
 import os
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from programs import csv_rows
 from stages import NUM_BATCHES, Validations, assert_equal, progress, run, weights
 from var_exp.checkpoint import read_checkpoint
 from var_exp.files import check_seal
 from var_exp.interruption import Interrupted, Interruption
 from var_exp.training import saving
+from var_exp.training.loggers import ContinuedCSVLogger
 from var_exp.training.saving import BEST, LAST, PREVIOUS, newest, progress_in
 
 
@@ -76,6 +79,18 @@ def test_a_validation_that_was_cut_off_is_made_up_for(batch, whole, digits, tmp_
     seen = Validations()
     run(stage, digits, tmp_path, seen)
     assert_like(whole, tmp_path, validations + seen.seen)
+
+
+@pytest.mark.parametrize("asked", [(3, True), (5,), (NUM_BATCHES,), (NUM_BATCHES, True)], ids=str)
+def test_the_log_of_a_stage_that_went_on_is_that_of_the_whole_one(asked, digits, tmp_path):
+    log = [functools.partial(ContinuedCSVLogger, name="csv")]
+    options = {"loggers": log, "trainer": {"log_every_n_steps": 1}}
+    run("var", digits, tmp_path / "whole", **options)
+    interrupted("var", digits, tmp_path / "parts", *asked, **options)
+    run("var", digits, tmp_path / "parts", **options)
+    whole = csv_rows(tmp_path / "whole", "var")
+    assert (NUM_BATCHES - 1, "val/loss") in whole and (0, "train/loss") in whole
+    assert csv_rows(tmp_path / "parts", "var") == whole
 
 
 def test_stopped_after_every_batch_it_goes_on_exactly(whole, digits, tmp_path):

@@ -129,7 +129,10 @@ class Guarded(Logger):
         return self._read("experiment", DummyExperiment())
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        self._call("log_metrics", metrics, step=step)
+        # Lightning adds its epoch, which is the whole stage here, and counts it when a stage goes
+        # on at its very end.
+        told = {name: value for name, value in metrics.items() if name != "epoch"}
+        self._call("log_metrics", told, step=step)
 
     def log_image(self, key: str, images: list, step: int | None = None) -> None:
         self._call("log_image", key, images, step=step)
