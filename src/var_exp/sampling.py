@@ -150,11 +150,11 @@ def _iterate(
     batch_size: int,
     settings: dict[str, float],
 ) -> Iterator[tuple[list[int], Samples]]:
-    rows = _round_up(min(batch_size, len(ids)))
+    rows = round_up(min(batch_size, len(ids)))
     for start in range(0, len(ids), rows):
         chosen, classes = ids[start : start + rows], labels[start : start + rows]
         # Kernels sum in another order for another number of rows, so a short batch is filled up.
-        missing = _round_up(len(chosen)) - len(chosen)
+        missing = round_up(len(chosen)) - len(chosen)
         drawn = generate(
             transformer,
             tokenizer,
@@ -175,7 +175,7 @@ def decode_by_rows(
     Convolutions choose their kernel, and with it the order of their sums, by the batch.
     """
     count = len(indices[0])
-    more = _round_up(count) - count  # rows that fill the last part
+    more = round_up(count) - count  # rows that fill the last part
     indices = [torch.cat([c, c[:1].expand(more, -1)]) for c in indices]
     parts = [
         tokenizer.decode([c[i : i + ROWS] for c in indices], per_scale)
@@ -186,7 +186,8 @@ def decode_by_rows(
     return torch.cat(parts)[:count]
 
 
-def _round_up(rows: int) -> int:
+def round_up(rows: int) -> int:
+    """The size of batches that are drawn where so many rows are asked for at once."""
     return -(-rows // ROWS) * ROWS
 
 

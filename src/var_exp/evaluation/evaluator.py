@@ -25,6 +25,7 @@ from var_exp.evaluation.reference import Reference, reference_from_file, referen
 from var_exp.evaluation.scorer import NUM_HELD_OUT, SampleScorer, judge_of, scores_against
 from var_exp.files import replacing
 from var_exp.ranks import common_batches, is_first, share
+from var_exp.sampling import round_up
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
 
@@ -101,7 +102,7 @@ class Evaluator(Drawing):
                     seen = scorer.see(tokenizer, samples, labels, per_scale)
                     scorer.add(torch.tensor(chosen), seen)
                     bar.update(len(chosen))
-                    if batch < common_batches(len(numbers), self.batch_size):
+                    if batch < common_batches(len(numbers), round_up(self.batch_size)):
                         self.on_batch()
         return scorer.compute()
 
@@ -133,7 +134,7 @@ class Evaluator(Drawing):
             if batch < common_batches(len(reference.indices), self.batch_size):
                 self.on_batch()
         found = {}
-        if len(rows) and len(reference.indices) > 1:  # of one image there is no distance
+        if len(reference.indices) > 1:  # of one image there is no distance
             name = "_".join(filter(None, (self.network.name, self.source.crop)))
             only = scores_against(reference, self.score_settings)
             found = scores(bank.compute(), reference, name, self.score_settings, only)

@@ -12,8 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from var_exp.data import ImageDataModule
-from var_exp.interruption import Interruption
-from var_exp.ranks import is_first
+from var_exp.interruption import Interruption, is_first
 from var_exp.training.bars import progress_bar
 from var_exp.training.loggers import Guarded
 from var_exp.training.monitor import Monitor
@@ -95,10 +94,14 @@ def fit_stage(
     lengths = (batch_size, num_batches, val_every)
     found = check_stage(module, run_dir, *lengths, seed, resume, save_every)
     interruption = interruption or Interruption()
+    path, finished, seconds = None, False, 0.0
     if found is not None:
         module.on_load_checkpoint(found.content)
         if is_first():
             provide_best(folder, found)
+        path, finished = found.path, is_finished(found.content)
+        seconds = progress_in(found.content)["seconds"]
+        del found  # or the whole checkpoint would stay in memory
     progress = BatchProgress(make_plan(seed, batch_size, num_batches))
     datamodule.plan(batch_size, num_batches)
     with quiet():
@@ -122,11 +125,8 @@ def fit_stage(
         check_precision(runner.precision)
         check_share(module.stage, batch_size, runner)
         own_signals(runner)
-        if found is not None and is_finished(found.content):
-            seconds = progress_in(found.content)["seconds"]
-        else:
+        if not finished:
             begin(runner.loggers, config, anew=resume == "never")
-            path = None if found is None else found.path
             with interruption.held():
                 runner.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
             seconds = progress.seconds

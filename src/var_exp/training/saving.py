@@ -168,7 +168,9 @@ class Checkpoints(Checkpoint):
         for logger in trainer.loggers:
             logger.save()  # what was logged up to here is not logged again
         trainer.save_checkpoint(self.folder / name)
-        written = not trainer.strategy.checkpoint_io.failed
+        # Only the first process writes, and all must agree on what is the best.
+        failed = int(trainer.strategy.checkpoint_io.failed)
+        written = not max_over_ranks(failed, trainer.strategy.root_device)
         if written and name == BEST:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(self)
@@ -245,12 +247,12 @@ def earlier(run_dir: Path, stage: str, resume: str) -> Found | None:
         return None
     if resume == "auto":
         return newest(folder)
-    path = Path(resume).absolute()
+    path = Path(resume).resolve()
     if not path.exists():
         raise ValueError(
             f"resume: expected auto, never, a checkpoint or a run folder, there is no {resume!r}"
         )
-    if not path.is_relative_to(run_dir.absolute()) and (own := newest(folder)):
+    if not path.is_relative_to(run_dir.resolve()) and (own := newest(folder)):
         return own
     if path.is_dir():
         return newest(path / stage)
