@@ -13,6 +13,7 @@ if __name__ == "__main__":
     interruption.install()  # before the slow imports: a signal may come while they last
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,15 +38,17 @@ from var_exp.evaluation import FeatureNetwork, ScoreSettings, protocol
 from var_exp.evaluation.sample_draw import SETTINGS, Drawer, fill, make_plan
 from var_exp.evaluation.sample_scores import beside_expected, scorer_of
 from var_exp.evaluation.sample_set import SampleSet
+from var_exp.lock import locked
 from var_exp.official import MODELS, save_official
 from var_exp.pipeline import VARPipeline
-from var_exp.processes import check_processes, choose_device, joined
+from var_exp.processes import check_processes, check_tasks, choose_device, joined
 from var_exp.slurm import requeue
 from var_exp.sources import Found, read_networks, read_published
 
 EXPORTS = {"export": "portable folder", "export_official": "published files"}
 NUM_SAMPLES = 16  # unless asked otherwise
-STAGE = "sample"  # what figures of samples are filed under
+CONFIG = ".hydra/config.yaml"  # of the run that networks are from
+METRICS, STAGE = "metrics.json", "sample"  # where figures of samples are filed, and under what
 
 
 def sample(cfg: DictConfig, out: Path) -> None:
@@ -64,18 +67,18 @@ def sample(cfg: DictConfig, out: Path) -> None:
     pair, settings = (found.transformer, found.tokenizer), {name: cfg[name] for name in SETTINGS}
     plan = make_plan(*pair, cfg.classes, cfg.precision, settings)
     eyes = make_eyes(cfg, found.path) if cfg.evaluate else None
-    with joined(device, cfg.devices, cfg.num_nodes) as processes:
+    with joined(device, cfg.devices, cfg.num_nodes) as processes, ExitStack() as held:
         networks.to(processes.device)
         drawer = Drawer(*pair, plan, eyes and make_scorer(cfg, eyes, found.tokenizer))
         samples = make_set(cfg, out, num_samples, drawer)
         about = eyes and describe(cfg, samples, drawer, found.weights)
         if processes.is_first:  # up to here nothing was written
+            held.enter_context(locked(out, "out_dir"))
             export(networks, asked)
             record_composition(cfg, out)
             if replaced := samples.begin():
                 print(replaced)
-        scored = eyes and read_metrics(out / "metrics.json").protocols.get(STAGE) == about
-        left = processes.tell(lambda: samples.jobs(cfg.batch_size, scored))
+        left = processes.tell(lambda: samples.jobs(cfg.batch_size, is_scored(samples, about)))
         fill(samples, left, drawer, processes.rank, processes.size)
         processes.part()
         if not processes.is_first:
@@ -95,12 +98,17 @@ def check_choices(cfg: DictConfig) -> torch.device:
     """The device; raises ValueError for what can be found wrong before networks are read."""
     device = choose_device(cfg.device)
     check_processes(device, cfg.devices, cfg.num_nodes)
+    check_tasks(cfg.devices, cfg.num_nodes)
     check_sweep(cfg.devices * cfg.num_nodes)
     for key in ("png", "npz", "evaluate"):
         if type(cfg[key]) is not bool:
             raise ValueError(f"{key}: expected true or false, got {cfg[key]!r} ({key}=...)")
     if type(cfg.batch_size) is not int or cfg.batch_size < 1:
         raise ValueError(f"batch_size: expected a whole number >= 1, got {cfg.batch_size}")
+    number = cfg.evaluation.num_samples_per_scale
+    if type(number) is not int or number < 0 or number == 1:  # of one there is no distance
+        key = "evaluation.num_samples_per_scale"
+        raise ValueError(f"{key}: expected 0, or a whole number >= 2, got {number!r}")
     return device
 
 
@@ -176,16 +184,16 @@ class Eyes(NamedTuple):
 
 def make_eyes(cfg: DictConfig, path: Path) -> Eyes:
     """The feature network, and the images of the run that the networks at this path are from."""
-    folder, source = None, None
-    for folder in path.absolute().parents[:2] if cfg.official is None else ():
-        if (folder / ".hydra" / "config.yaml").is_file():
-            run = OmegaConf.load(folder / ".hydra" / "config.yaml")
-            changes = {key: value for key, value in cfg.data.items() if value is not None}
-            run.data = OmegaConf.merge(run.data, changes)
-            source = instantiate(run.data, _convert_="all")
-            source.prepare()
-            source.setup()
-            break
+    parents = path.absolute().parents[:2] if cfg.official is None else ()
+    runs = [folder for folder in parents if is_run(folder)]
+    folder, source = runs[0] if runs else None, None
+    if folder is not None:
+        run = OmegaConf.load(folder / CONFIG)
+        changes = {key: value for key, value in cfg.data.items() if value is not None}
+        run.data = OmegaConf.merge(run.data, changes)
+        source = instantiate(run.data, _convert_="all")
+        source.prepare()
+        source.setup()
     if source is None and cfg.evaluation.reference is None:
         raise ValueError(
             f"evaluation.reference: {str(path)!r} is in no run folder, whose images samples would "
@@ -194,6 +202,12 @@ def make_eyes(cfg: DictConfig, path: Path) -> Eyes:
         )
     make_network = instantiate(cfg.evaluation.network)
     return Eyes(make_network(folder and folder / "evaluation" / "classifier.pt", source), source)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether train.py was run there; this program leaves its composition in a folder too."""
+    path = folder / CONFIG
+    return path.is_file() and bool(OmegaConf.select(OmegaConf.load(path), "data._target_"))
 
 
 def make_scorer(cfg: DictConfig, eyes: Eyes, tokenizer):
@@ -226,13 +240,18 @@ def describe(cfg: DictConfig, samples: SampleSet, drawer: Drawer, weights: str) 
     return json.loads(json.dumps(about))  # as it will be read
 
 
+def is_scored(samples: SampleSet, about: dict[str, Any] | None) -> bool:
+    """Whether metrics.json holds the scores that are obtained so."""
+    return bool(about) and read_metrics(samples.folder / METRICS).protocols.get(STAGE) == about
+
+
 def score(
     cfg: DictConfig, samples: SampleSet, drawer: Drawer, about: dict[str, Any]
 ) -> dict[str, str]:
     """Measure, unless it was measured so before, and write metrics.json; figures in words."""
-    path = samples.folder / "metrics.json"
+    path = samples.folder / METRICS
     metrics = read_metrics(path)
-    if metrics.protocols.get(STAGE) != about:
+    if not is_scored(samples, about):
         for ids, seen in samples.seen():
             drawer.scorer.add(ids, seen)
         others = {k: v for k, v in metrics.figures.items() if not k.startswith(f"{STAGE}/")}
@@ -259,7 +278,8 @@ def score(
 @report_errors
 def main(cfg: DictConfig) -> None:
     try:
-        sample(cfg, Path(HydraConfig.get().runtime.output_dir))
+        with interruption.heeded():
+            sample(cfg, Path(HydraConfig.get().runtime.output_dir))
     except Interrupted as stop:  # every file is whole or not there
         requeue(stop)
         leave(stop)
@@ -269,4 +289,4 @@ if __name__ == "__main__":
     try:
         launch(main, "sample")
     finally:
-        interruption.release()
+        interruption.finish()

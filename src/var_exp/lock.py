@@ -1,4 +1,4 @@
-"""One run at a time in a run folder.
+"""One run at a time in a folder.
 
 A lock of the operating system on a file: it ends with the process that holds it, however that
 ends. Processes that the run starts do not inherit it, so that one of them that lives on for a
@@ -18,10 +18,13 @@ NAME = ".lock"
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, key: str = "run_dir") -> Iterator[None]:
     """Hold a folder, which is made where it is missing.
 
     A file system without locks is no hindrance.
+
+    Args:
+        key: what names the folder on the command line.
 
     Raises:
         ValueError: another process holds it, or nothing can be written there.
@@ -32,16 +35,16 @@ def locked(folder: Path) -> Iterator[None]:
         file = open(path, "a+")
     except OSError as error:
         raise ValueError(
-            f"run_dir: cannot write in {str(folder)!r} ({error.strerror}); choose another run_dir "
-            f"or runs_dir, or ask for permission"
+            f"{key}: cannot write in {str(folder)!r} ({error.strerror}); choose another folder "
+            f"({key}=...), or ask for permission"
         ) from None
     with file:
         if not _lock(file) or not _is_at(file, path):
             file.seek(0)
             who = file.read().strip() or "another process"
             raise ValueError(
-                f"run_dir: {str(folder)!r} is in use by {who}; wait for it or stop it, or "
-                f"start in a new run folder (run_dir=...)"
+                f"{key}: {str(folder)!r} is in use by {who}; wait for it or stop it, or choose "
+                f"another folder ({key}=...)"
             )
         file.truncate(0)
         now = datetime.now()

@@ -124,11 +124,16 @@ def train_or_load(path: str | Path, source, seed: int = 0) -> ClassifierFeatures
     place and moved, so that processes which train at the same time leave one whole file.
 
     Args:
-        source: a `var_exp.data.ImageSource` that has been set up.
+        source: a `var_exp.data.ImageSource` that has been set up; None where it is not known.
 
     Raises:
-        ValueError: the file is not such a classifier, or one of other images.
+        ValueError: no source; the file is not such a classifier, or one of other images.
     """
+    if source is None:
+        raise ValueError(
+            "evaluation: the classifier is trained on the images of a run, which are not known "
+            "here; choose another network (evaluation=inception, dinov2 or clip)"
+        )
     path = Path(path)
     if path.exists():
         return _load(path, source, seed)

@@ -3,14 +3,16 @@
 n samples of a batch, K scales
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from var_exp.evaluation.sample_set import Job, SampleSet, fingerprint
+from var_exp.evaluation.sample_set import Job, SampleSet
 from var_exp.evaluation.scorer import SampleScorer
 from var_exp.sampling import Samples, check_settings, iterate_samples
 from var_exp.tokenizer import VQVAE
@@ -61,6 +63,15 @@ def _choose_classes(classes: str | Sequence[int] | None, num_classes: int) -> li
             f"classes: expected a list of numbers in 0..{num_classes - 1}, all or null, got {asked}"
         )
     return list(asked)
+
+
+def fingerprint(network: nn.Module) -> str:
+    """16 hexadecimal digits that change with any weight of a recorded network, or its form."""
+    digest = hashlib.sha256(json.dumps(network.spec, sort_keys=True).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 class Drawer(NamedTuple):

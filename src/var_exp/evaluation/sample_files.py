@@ -5,6 +5,7 @@ N samples, n of a run of them, (H, W, C) an image
 
 import io
 import json
+import math
 import re
 import struct
 import zipfile
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from var_exp.evaluation import npz
+from var_exp.evaluation.npz import NpzError
 from var_exp.files import replacing
 
 PNG_END = b"IEND\xaeB`\x82"  # the last bytes of every PNG file
@@ -94,16 +97,15 @@ def open_npz(path: Path) -> np.ndarray | None:
     if not path.exists():
         return None
     try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-            np.lib.format.read_magic(member)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-            header, place = member.tell(), archive.getinfo("arr_0.npy").header_offset
-        with open(path, "rb") as file:  # the member is stored as it is, after a header of its own
-            file.seek(place + 26)
-            start = place + 30 + sum(struct.unpack("<HH", file.read(4)))
-        return np.memmap(path, dtype, "r", start + header, shape)
-    except (zipfile.BadZipFile, KeyError, ValueError, struct.error):
+        shape, _, dtype = npz.header(path, "arr_0")
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            member = archive.getinfo("arr_0.npy")  # stored as it is, after a header of its own
+            file.seek(member.header_offset + 26)
+            start = member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+    except NpzError:
         raise discarded(path) from None
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return np.memmap(path, dtype, "r", start + member.file_size - num_bytes, shape)
 
 
 # -- tensors of runs of samples -----------------------------------------------------------
@@ -145,18 +147,19 @@ class Parts:
         except SafetensorError:
             raise discarded(self.path(run)) from None
 
-    def row(self, name: str, sample_id: int) -> np.ndarray:
-        """One sample's row of the tensor of this name.
+    def rows(self, name: str, ids: Iterable[int]) -> dict[int, np.ndarray]:
+        """The rows of the tensor of this name, by sample; those that are there.
 
         Raises:
-            ValueError: the file does not read; it is deleted.
+            ValueError: a file does not read; it is deleted.
         """
-        run = next(run for run in self.runs() if sample_id in run)
-        try:
-            with safe_open(self.path(run), "np") as file:
-                return file.get_slice(name)[sample_id - run.start]
-        except SafetensorError:
-            raise discarded(self.path(run)) from None
+        found, left = {}, set(ids)
+        for run in self.runs() if left else ():
+            if here := left.intersection(run):
+                tensor = self.read(run)[name].numpy()
+                found |= {i: tensor[i - run.start] for i in here}
+                left -= here
+        return found
 
 
 # -- figures ------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ def scorer_of(
         num_reference, batch_size, cache: as in `reference_of`.
 
     Raises:
-        ValueError: the images have another size than the model's; as `reference_of` and
-            `reference_from_file`.
+        ValueError: the images have another size than the model's, or are a single one; as
+            `reference_of` and `reference_from_file`.
     """
     device = next(tokenizer.parameters()).device
     if source is not None and tuple(source.image_size) != tuple(tokenizer.image_size):
@@ -52,6 +52,11 @@ def scorer_of(
         how = batch_size, cache, device
         real = reference_of(network, source, "train", num_reference, *how)
         held_out = reference_of(network, source, "val", NUM_HELD_OUT, *how)
+    if real.num_images == 1:  # which shows here, not once all samples are drawn
+        raise ValueError(
+            f"evaluation: scores need at least 2 reference images, got 1 of {real.about['what']} "
+            f"(evaluation.num_reference, evaluation.reference)"
+        )
     judge = judge_of(network, source)
     return SampleScorer(network, real, tokenizer.schedule, judge, settings, held_out).to(device)
 
