@@ -50,7 +50,7 @@ from var_exp.evaluation.evaluator import Evaluator
 from var_exp.evaluation.report import write_report
 from var_exp.lock import locked
 from var_exp.preflight import Job, preflight
-from var_exp.processes import given_by_torchrun
+from var_exp.processes import check_tasks, given_by_torchrun
 from var_exp.sampling import check_settings
 from var_exp.scales import ScaleSchedule
 from var_exp.slurm import requeue
@@ -142,6 +142,7 @@ CHOICES = (
     check_stages,
     check_evaluation,
     check_objective,
+    lambda cfg: check_tasks(cfg.trainer.devices, cfg.trainer.num_nodes),
     lambda cfg: check_precision(cfg.trainer.precision),
     lambda cfg: check_settings(**cfg.sampling, seed=cfg.seed),
 )
@@ -346,11 +347,12 @@ def report_bad_images(source: ImageSource) -> None:
 @report_errors
 def main(cfg: DictConfig) -> float | None:
     if cfg.check:
-        sys.exit(check_job(cfg, Path(cfg.run_dir).resolve()) if is_first() else 0)
+        with interruption.heeded():
+            sys.exit(check_job(cfg, Path(cfg.run_dir).resolve()) if is_first() else 0)
     run_dir = Path(HydraConfig.get().runtime.output_dir).resolve()
     interruption.install()  # again: a launcher may run this in a process of its own
     try:
-        with locked(run_dir) if is_first() else nullcontext():
+        with interruption.heeded(), locked(run_dir) if is_first() else nullcontext():
             forget_trace(run_dir)
             metrics = train(cfg, run_dir)
     except Interrupted as stop:
@@ -371,4 +373,4 @@ if __name__ == "__main__":
             sys.argv.append("hydra.run.dir=.")  # or Hydra makes the folder of the run
         launch(main, "train")
     finally:
-        interruption.release()
+        interruption.finish()

@@ -1,7 +1,12 @@
-"""A real Slurm on this machine: two emulated nodes on loopback, for the time of a test module."""
+"""A real Slurm on this machine: two emulated nodes on loopback, for the time of a test module.
 
-import getpass
+It has a munge, a folder and free ports of its own, and needs no root: what else runs on the
+machine is not touched.
+"""
+
 import os
+import pwd
+import secrets
 import shutil
 import signal
 import socket
@@ -9,25 +14,26 @@ import subprocess
 import time
 from pathlib import Path
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "munged")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol", "munged")
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 def missing() -> str:
     """Why there can be no cluster here; empty if there can."""
     lacking = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     if lacking:
-        return f"{', '.join(lacking)} not installed (apt-get install slurmctld slurmd munge)"
-    return "" if os.geteuid() == 0 else "Slurm's daemons need root here"
+        packages = "slurmctld slurmd slurm-client munge"
+        return f"{', '.join(lacking)} not installed (apt-get install {packages})"
+    return ""
 
-
-PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 CONFIGURATION = """
 ClusterName=lab
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={controller}
 SlurmUser={user}
-AuthInfo=cred_expire=5
+SlurmdUser={user}
+AuthInfo=socket={root}/munge/socket,cred_expire=5
 MailProg=/bin/true
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 MpiDefault=none
@@ -60,45 +66,44 @@ class Cluster:
     """Started when made; `stop` ends every process that it started."""
 
     def __init__(self, root: Path):
-        for name in ("state", "log", "run", "spool/n1", "spool/n2"):
+        for name in ("state", "log", "run", "munge", "spool/n1", "spool/n2"):
             (root / name).mkdir(parents=True)
         ports = dict(zip(("controller", "node1", "node2"), free_ports(3), strict=True))
         host = socket.gethostname().partition(".")[0]
         text = CONFIGURATION.format(
-            root=root, host=host, user=getpass.getuser(), node=NODE, **ports
+            root=root, host=host, user=pwd.getpwuid(os.getuid()).pw_name, node=NODE, **ports
         )
         (root / "slurm.conf").write_text(text)
         self.root, self.processes = root, []
         self.environment = os.environ | {"SLURM_CONF": str(root / "slurm.conf"), "PATH": PATH}
-        self.start_munge()
-        self.start("slurmctld", "-D")
-        for node in ("n1", "n2"):
-            self.start("slurmd", "-D", "-N", node)
-        self.wait(lambda: self.call("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", 60)
+        try:
+            self.start_munge()
+            self.start("slurmctld", "-D")
+            for node in ("n1", "n2"):
+                self.start("slurmd", "-D", "-N", node)
+            self.wait(lambda: self.call("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", 60)
+        except BaseException:
+            self.end_processes()
+            raise
 
     def start_munge(self) -> None:
-        if subprocess.run(["munge", "-n"], capture_output=True).returncode == 0:
-            return
-        for folder in ("/run/munge", "/var/log/munge", "/var/lib/munge"):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            shutil.chown(folder, "munge", "munge")
-        self.processes.append(
-            subprocess.Popen(
-                ["munged", "--foreground"],
-                user="munge",
-                group="munge",
-                env={"PATH": PATH},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-        )
-        self.wait(lambda: not subprocess.run(["munge", "-n"], capture_output=True).returncode, 20)
+        place = self.root / "munge"
+        (place / "key").touch(mode=0o600)
+        (place / "key").write_bytes(secrets.token_bytes(128))
+        options = {"socket": "socket", "key-file": "key", "pid-file": "pid", "seed-file": "seed"}
+        files = [f"--{option}={place / name}" for option, name in options.items()]
+        # Forced, as others cannot enter the folder of the socket, which is no harm here.
+        self.start("munged", "--foreground", "--force", *files, f"--log-file={place / 'log'}")
+        self.wait((place / "socket").exists, 20)
 
     def start(self, *command: str) -> None:
-        log = open(self.root / "log" / f"{'_'.join(command)}.out", "w")
-        self.processes.append(
-            subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
-        )
+        with open(self.root / "log" / f"{command[0]}_{len(self.processes)}.out", "w") as log:
+            # Not of the terminal's group: Ctrl-C must leave them to `stop`.
+            self.processes.append(
+                subprocess.Popen(
+                    command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+                )
+            )
 
     def call(self, *command: str, **more: str) -> str:
         """The output of one of Slurm's commands."""
@@ -121,6 +126,23 @@ class Cluster:
         told = self.call("scontrol", "show", "job", job).split()
         return dict(word.partition("=")[::2] for word in told)
 
+    def processes_of(self, job: str, program: str) -> list[int]:
+        """The processes of a job that were started with an executable."""
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (place / "environ").read_bytes().split(b"\0")
+                command = (place / "cmdline").read_bytes().split(b"\0")
+            except OSError:  # it has ended, or is another's
+                continue
+            ours = {
+                b"SLURM_JOB_ID=%s" % job.encode(),
+                b"SLURM_CONF=%s" % bytes(self.root / "slurm.conf"),
+            }
+            if command[0] == program.encode() and ours <= {*environment}:
+                found.append(int(place.name))
+        return found
+
     def wait(self, reached, seconds: float = 240) -> None:
         """Until something is reached."""
         deadline = time.monotonic() + seconds
@@ -137,18 +159,23 @@ class Cluster:
         return "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for path in paths)
 
     def stop(self) -> None:
-        jobs = self.call("squeue", "-h", "-o", "%i").split()
-        if jobs:  # steps outlive slurmd
-            self.call("scancel", "--signal=KILL", "--full", *jobs)
-            self.call("scancel", *jobs)
-            self.wait(lambda: not self.call("squeue", "-h").strip(), 60)
+        try:
+            jobs = self.call("squeue", "-h", "-o", "%A").split()
+            if jobs:  # steps outlive slurmd
+                self.call("scancel", "--signal=KILL", "--full", *jobs)
+                self.call("scancel", *jobs)
+                self.wait(lambda: not self.call("squeue", "-h").strip(), 60)
+        finally:
+            self.end_processes()
+
+    def end_processes(self) -> None:
         for process in reversed(self.processes):
             process.send_signal(signal.SIGTERM)
-        for process in self.processes:
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
 
 
 def free_ports(count: int) -> list[int]:

@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from var_exp.cli import CONF
+from var_exp.interruption import SIGNALS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,6 +58,7 @@ class Finished(NamedTuple):
 def run(program: str, *arguments: str) -> Finished:
     """Run `python {program}.py {arguments}` in this process."""
     out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     GlobalHydra.instance().clear()
     try:
         sys.argv = [str(ROOT / f"{program}.py"), *arguments]
@@ -67,6 +70,8 @@ def run(program: str, *arguments: str) -> Finished:
             err.write(stop.code + "\n")
     finally:
         sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         GlobalHydra.instance().clear()
     return Finished(code, out.getvalue(), err.getvalue())
 

@@ -40,11 +40,7 @@ class Program:
 
     def wait_until_signals_are_in_hand(self) -> None:
         """Before that, the interpreter itself starts."""
-        mask = 1 << (signal.SIGUSR1 - 1)
-        while True:
-            status = Path(f"/proc/{self.process.pid}/status").read_text()
-            if int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) & mask:
-                return
+        while not is_in("SigCgt", self.process.pid, signal.SIGUSR1):
             time.sleep(0.01)
 
     def strike(self, number: int, seconds: float) -> tuple[str, int, str]:
@@ -74,6 +70,12 @@ class Program:
     def resident_bytes(self) -> int:
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def is_in(mask: str, pid: int, number: int) -> bool:
+    """Whether a signal is in a mask of a process: SigCgt, it has a handler; ShdPnd, it is due."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.search(rf"{mask}:\s*(\w+)", status)[1], 16) & 1 << (number - 1))
 
 
 def csv_rows(run_dir: Path, stage: str) -> dict[tuple[int, str], str]:

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "environment": set(),
     "ranks": set(),
     "interruption": set(),
-    "processes": set(),
+    "processes": SIGNALS,
     "tokenizer": {"scales", "spec"} | RANKS,
     "transformer": {"scales", "spec"},
     "api": NETWORKS | {"sampling"},
@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "search": SIGNALS | {"cli"},
     "continuation": set(),
     "preflight": NETWORKS | SIGNALS | {"data", "training", "cli"},
-    "cli": FILES | SIGNALS | RANKS | {"environment", "processes"},
+    "cli": FILES | SIGNALS | RANKS | {"environment", "processes", "slurm"},
 }
 
 # Libraries that only some rooms may know.

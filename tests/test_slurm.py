@@ -1,14 +1,17 @@
 """Jobs of a real Slurm stop in time, go back to the queue and go on as if nothing had happened."""
 
+import os
+import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 import cluster
 from cluster import Cluster
 from command import QUICK, ROOT
-from programs import Program, csv_rows
+from programs import Program, csv_rows, is_in
 from stages import assert_equal, weights
 
 pytestmark = [
@@ -16,11 +19,11 @@ pytestmark = [
     pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing()),
 ]
 
-# A job of some 400 batches: long enough to be told to stop in the middle of it.
+# Long enough to be told to stop in the middle of it.
 JOB = [
     *QUICK,
     "stages=[tokenizer]",
-    "model.tokenizer.num_batches=300",
+    "model.tokenizer.num_batches=200",
     "model.tokenizer.val_every=100",
     "trainer.precision=32-true",
 ]
@@ -84,35 +87,50 @@ def assert_like(run_dir, whole, said):
     assert csv_rows(run_dir, "tokenizer") == csv_rows(whole, "tokenizer")
 
 
+def programs(slurm, job):
+    return slurm.processes_of(job, sys.executable)
+
+
 def test_a_job_of_two_nodes_that_is_told_to_stop_requeues_itself_and_goes_on_exactly(
     slurm, submit, whole, tmp_path
 ):
     job = submit()
+    # First while it imports its libraries, then in the middle of training.
+    slurm.wait(lambda: len(programs(slurm, job)) == 2)
+    for pid in programs(slurm, job):
+        slurm.wait(partial(is_in, "SigCgt", pid, signal.SIGUSR1))
+    assert "batch" not in log_of(slurm, job)
+    for restarts in ("1", "2"):
+        slurm.call("scancel", "--signal=USR1", job)
+        slurm.wait(lambda n=restarts: slurm.about(job).get("Restarts") == n)
+        if restarts == "1":
+            wait_for_training(slurm, job)
+    slurm.wait_for_end(job)
+    said = log_of(slurm, job)
+    assert said.count("stopped by SIGUSR1") == 2, said
+    assert slurm.about(job)["ExitCode"] == "0:0"
+    assert_like(tmp_path / "run", whole, said)
+
+
+def test_the_signal_before_the_time_limit_does_the_same(slurm, submit, whole, tmp_path):
+    job = submit("--time=60", "--signal=USR1@300")
     wait_for_training(slurm, job)
-    slurm.call("scancel", "--signal=USR1", job)
+    # Slurm looks at its clock twice a minute: the job waits for it in the middle of training, until
+    # it is continued by Slurm together with the signal.
+    for pid in programs(slurm, job):
+        os.kill(pid, signal.SIGSTOP)
+    slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=5")
     slurm.wait(lambda: slurm.about(job).get("Restarts") == "1")
+    slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     slurm.wait_for_end(job)
     said = log_of(slurm, job)
     assert said.count("stopped by SIGUSR1") == 1, said
     assert_like(tmp_path / "run", whole, said)
 
 
-@pytest.mark.slow
-def test_the_signal_before_the_time_limit_does_the_same(slurm, submit, tmp_path):
-    longer = ["model.tokenizer.num_batches=1500", "model.tokenizer.val_every=750"]
-    code, said = Program(tmp_path / "whole", *JOB, *ALONE, *longer).end()
-    assert code == 0, said
-    # Slurm sends it up to a minute early, so that a job of two minutes may get it at once.
-    job = submit("--time=2", "--signal=USR1@60", arguments=longer)
-    slurm.wait(lambda: int(slurm.about(job).get("Restarts", 0)) >= 1)
-    slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
-    slurm.wait_for_end(job)
-    said = log_of(slurm, job)
-    assert "stopped by SIGUSR1" in said, said
-    assert_like(tmp_path / "run", tmp_path / "whole" / "run", said)
-
-
-def test_a_preempted_job_makes_room_and_goes_on_exactly(slurm, submit, whole, tmp_path):
+@pytest.mark.parametrize("grace", [60, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_preempted_job_makes_room_and_goes_on_exactly(grace, slurm, submit, whole, tmp_path):
+    slurm.call("scontrol", "update", "PartitionName=main", f"GraceTime={grace}")
     job = submit()
     wait_for_training(slurm, job)
     urgent = slurm.submit(
@@ -122,6 +140,7 @@ def test_a_preempted_job_makes_room_and_goes_on_exactly(slurm, submit, whole, tm
     assert slurm.state(job) in ("PENDING", "COMPLETING", "CONFIGURING")
     slurm.wait_for_end(job)
     said = log_of(slurm, job)
+    assert slurm.about(job)["Restarts"] == "1", said
     assert "stopped by SIGTERM" in said, said
     assert_like(tmp_path / "run", whole, said)
 
@@ -137,28 +156,38 @@ def test_a_cancelled_job_saves_and_stays_away(slurm, submit, tmp_path):
     assert (tmp_path / "run" / "tokenizer" / "last.ckpt").exists()
 
 
-def test_a_sweep_is_one_job_for_each_point(slurm, tmp_path):
-    # Without accounting submitit cannot ask sacct; squeue knows the same.
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "sacct").write_text(
-        "#!/bin/bash\necho 'JobID|State|NodeList'\nsqueue -h -r -o '%i|%T|%N' -t all\n"
-    )
-    (tmp_path / "bin" / "sacct").chmod(0o755)
-    short = [o for o in QUICK if "num_batches" not in o] + ["model.tokenizer.num_batches=4"]
-    command = [sys.executable, "train.py", "-m", "hydra/launcher=slurm", "seed=0,1", *short]
-    command += ["stages=[tokenizer]", "hydra.launcher.gpus_per_node=null", f"runs_dir={tmp_path}"]
-    command += ["hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=10"]
-    path = {"PATH": f"{tmp_path}/bin:{slurm.environment['PATH']}"}
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=slurm.environment | PLACE | path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr + done.stdout + slurm.logs()
+@pytest.fixture
+def sacct(tmp_path):
+    """A folder with a stand-in, as without accounting there is none; squeue knows the same."""
+    program = tmp_path / "bin" / "sacct"
+    program.parent.mkdir()
+    squeue = "squeue -h -r -o '%i|%T|%N' -t all"
+    program.write_text(f"#!/bin/bash\necho 'JobID|State|NodeList'\n{squeue}\n")
+    program.chmod(0o755)
+    return program.parent
+
+
+def test_a_sweep_is_one_job_for_each_point_which_goes_on_exactly_too(slurm, sacct, tmp_path):
+    # Two points that train alike, each on two nodes. One of them is told to stop.
+    command = [sys.executable, "train.py", "-m", "hydra/launcher=slurm", "sampling.top_k=1,2", *JOB]
+    command += ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1"]
+    command += ["trainer.num_nodes=2", "hydra.launcher.gpus_per_node=null", f"runs_dir={tmp_path}"]
+    command += ["hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=20"]
+    environment = slurm.environment | PLACE | {"PATH": f"{sacct}:{slurm.environment['PATH']}"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    launcher = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+    def log():
+        return "".join(p.read_text() for p in tmp_path.glob("digits/*/.submitit/*_0/*_0_log.out"))
+
+    slurm.wait(lambda: "tokenizer: batch" in log() or launcher.poll() is not None)
+    jobs = slurm.call("squeue", "-h", "-r", "-o", "%F %i").split()
+    array, points = jobs[0], sorted(jobs[1::2])
+    assert points == [f"{array}_0", f"{array}_1"], log()
+    slurm.call("scancel", "--signal=USR1", f"{array}_0")
+    said, _ = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, said + log()
+    assert log().count("stopped by SIGUSR1") == 1, log()
     folders = sorted(path.parent for path in tmp_path.rglob("metrics.json"))
     assert [folder.name for folder in folders] == ["0", "1"]
-    jobs = {path.name for path in tmp_path.glob("digits/*/.submitit/[0-9]*_[01]")}
-    assert len(jobs) == 2 and len({name.partition("_")[0] for name in jobs}) == 1  # of one array
+    assert_like(*folders, log())

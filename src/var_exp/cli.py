@@ -25,6 +25,7 @@ from var_exp.files import replacing
 from var_exp.interruption import RESUMABLE, TRACE
 from var_exp.processes import agree_on_start
 from var_exp.ranks import is_distributed
+from var_exp.slurm import SUBMIT, check_submission
 
 SHOWN = (  # how keys of figures begin that say most
     *("psnr", "ssim", "loss", "acc", "class_accuracy", "fid", "rfid", "inception_score"),
@@ -37,6 +38,9 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 def launch(main: Callable[[], None], config_name: str) -> None:
     """Run a `@hydra.main` function; where Hydra refuses an override, name the nearest key."""
     agree_on_start()
+    if SUBMIT in sys.argv and "--cfg" not in sys.argv:
+        with contextlib.suppress(HydraException):  # which Hydra will tell of
+            check_submission(sys.argv[1:], *shape_of_job(config_name, sys.argv[1:]))
     try:
         main()
     except SystemExit as stop:
@@ -44,6 +48,15 @@ def launch(main: Callable[[], None], config_name: str) -> None:
             for hint in nearest_keys(config_name, sys.argv[1:]):
                 print(hint, file=sys.stderr)
         raise
+
+
+def shape_of_job(config_name: str, arguments: list[str]) -> list[object]:
+    """Devices and machines, as a command line without its sweep names them; each may be missing."""
+    GlobalHydra.instance().clear()
+    shaping = [a for a in arguments if a.startswith(("experiment=", "trainer=", "trainer."))]
+    with initialize_config_dir(str(CONF), version_base=None):
+        trainer = compose(config_name, overrides=shaping).get("trainer", {})
+    return [trainer.get(key) for key in ("devices", "num_nodes")]
 
 
 def nearest_keys(config_name: str, arguments: list[str]) -> list[str]:

@@ -1,10 +1,11 @@
 """A program that is asked to stop stops where nothing is lost, and says so by its exit code.
 
 SIGTERM comes from a cluster that wants its machine back, SIGUSR1 from Slurm before the time limit,
-SIGINT from a keyboard. While the signals are held, they are only noted, and the training loop
-looks at the note after each batch; else they end the program on the spot, which is safe where
-files are written whole or not at all. The exit code 85 says: interrupted, and the same command
-goes on. A second Ctrl-C does not wait for the end of the batch.
+SIGINT from a keyboard. They are noted, and the training loop looks at the note after each batch.
+Elsewhere, where files are written whole or not at all, they are heeded: they end the program on
+the spot. While it imports its libraries and while it leaves they are only noted, so that all end
+in one place, where a job may ask to be started again. The exit code 85 says: interrupted, and the
+same command goes on. A second Ctrl-C does not wait.
 
 This module is light, so that a program can take its signals in hand before its slow imports.
 """
@@ -43,39 +44,45 @@ class Interruption:
 
     def __init__(self) -> None:
         self.noted: int | None = None
-        self._held = False
-        self._before: dict[int, Any] = {}
+        self._heeded = False
 
     def __reduce__(self) -> tuple:
         return Interruption, ()  # in another process nothing has happened yet
 
     def install(self) -> None:
-        """Take the signals in hand, unless they are, or this is a thread that is given none."""
-        if not self._before and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        """Take the signals in hand, unless this is a thread that is given none."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._handle)
 
-    def release(self) -> None:
-        """Give the signals back to whoever had them."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+    def finish(self) -> None:
+        """The program is over: of its exit code nothing but Ctrl-C makes another one."""
+        if threading.current_thread() is threading.main_thread():
+            ignore_signals()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again, self.noted = self.noted is not None, self.noted or number
-        if not self._held:
+        if self._heeded:
             raise Interrupted(self.noted)
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Within this block signals are noted only; an earlier one ends the program here."""
-        self.stop_if_noted()
-        self._held = True
+    def heeded(self, heed: bool = True) -> Iterator[None]:
+        """Within this block a signal ends the program on the spot, an earlier one here."""
+        before, self._heeded = self._heeded, heed
         try:
+            self.stop_if_noted()
             yield
         finally:
-            self._held = False
+            self._heeded = before
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within this block signals are noted only, and end the program before or after it."""
+        with self.heeded(False):
+            yield
         self.stop_if_noted()
 
     def stop_if_noted(self) -> None:
@@ -109,8 +116,16 @@ def is_first() -> bool:
 
     Known before the processes have found each other.
     """
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    names = ("RANK", *(() if is_interactive() else ("SLURM_PROCID",)), "LOCAL_RANK")
     return int(next((os.environ[name] for name in names if name in os.environ), 0)) == 0
+
+
+def is_interactive() -> bool:
+    """Whether this is a shell that Slurm has given a place, in which much may be started.
+
+    What Slurm says of its processes is true of the shell, not of those.
+    """
+    return os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 
 def ignore_signals(*_: Any) -> None:

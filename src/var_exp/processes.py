@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from var_exp.interruption import is_interactive
+
 
 class Processes(NamedTuple):
     """The processes of a job, as one of them sees them.
@@ -129,6 +131,24 @@ def agree_on_start() -> None:
         os.environ[START] = f"job_{os.environ['SLURM_JOB_ID']}_{os.environ['SLURM_STEP_ID']}"
 
 
-def is_interactive() -> bool:
-    """Whether this is a shell that Slurm has given a place, in which much may be started."""
-    return os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+def check_tasks(devices: int | str, num_nodes: int) -> None:
+    """Raise ValueError unless Slurm has started the processes that a job is for.
+
+    Each of too many would do the whole of the work, in one folder; too few would wait for the rest.
+
+    Args:
+        devices, num_nodes: of the job: on a machine, and machines. Of devices that are found, not
+            named, nothing is known yet.
+    """
+    if "SLURM_NTASKS" not in os.environ or is_interactive() or dist.is_torchelastic_launched():
+        return
+    # Of the step that srun has started; whatever was not started by it is alone.
+    tasks, nodes = (int(os.environ.get(f"SLURM_STEP_NUM_{n}", 1)) for n in ("TASKS", "NODES"))
+    named = type(devices) is int and devices > 0
+    even = tasks == 1 or "SLURM_NTASKS_PER_NODE" in os.environ  # else lightning refuses
+    if not even or nodes != num_nodes or named and tasks != devices * num_nodes:
+        raise ValueError(
+            f"devices: Slurm has started {tasks} processes on {nodes} machines, this job is for "
+            f"{devices} devices on each of {num_nodes} machines; type srun --nodes={num_nodes} "
+            f"--ntasks-per-node={devices}, or other devices and num_nodes"
+        )
