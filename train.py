@@ -7,7 +7,7 @@ python train.py --cfg job                what would run
 python train.py check=true ...           what is wrong, and what it would take: docs/preflight.md
 """
 
-from var_exp.interruption import Interrupted, Interruption, forget_trace, is_first, leave
+from var_exp.interruption import Interrupted, Interruption, forget_trace, is_started_first, leave
 
 interruption = Interruption()
 if __name__ == "__main__":
@@ -15,19 +15,16 @@ if __name__ == "__main__":
 
 import difflib
 import functools
-import math
+import re
 import sys
-from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from var_exp.cli import (
     check_sweep,
@@ -42,25 +39,31 @@ from var_exp.cli import (
     without_parts,
     write_metrics,
 )
-from var_exp.continuation import changed_code, check_changes
-from var_exp.data import ImageDataModule, ImageSource
+from var_exp.continuation import changed_code, check_changes, is_begun_anew, mark_begun_anew
+from var_exp.data import ImageSource
 from var_exp.environment import environment
-from var_exp.evaluation import ScoreSettings
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.evaluation.report import write_report
 from var_exp.lock import locked
 from var_exp.preflight import Job, preflight
-from var_exp.processes import check_tasks, given_by_torchrun
-from var_exp.sampling import check_settings
-from var_exp.scales import ScaleSchedule
 from var_exp.slurm import requeue
-from var_exp.sources import read_tokenizer
-from var_exp.tokenizer import VQVAE
-from var_exp.training.fit import check_precision, check_share, check_stage, fit_stage, quiet
-from var_exp.training.saving import newest_path
+from var_exp.training.fit import check_share, check_stage, fit_stage, quiet
+from var_exp.training.saving import forget, newest_path
 from var_exp.training.stage import StageModule
-from var_exp.transfer import warm_start_from
-from var_exp.transformer import VAR
+from var_exp.wiring import (
+    CHOICES,
+    check_choices,
+    course,
+    make_data,
+    make_evaluator,
+    make_module,
+    make_modules,
+    make_tokenizer,
+    make_trainer,
+    make_transformer,
+    new_tokenizer,
+    plain,
+)
 
 
 def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
@@ -68,6 +71,8 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     if cfg.num_threads:
         torch.set_num_threads(cfg.num_threads)
     check_choices(cfg)
+    if cfg.resume == "never" and is_begun_anew(run_dir):
+        cfg = OmegaConf.merge(cfg, {"resume": "auto"})
     data = make_data(cfg)
     tokenizer = make_tokenizer(cfg, data.source, run_dir)
     modules = make_modules(cfg, data.source, tokenizer)  # all of them: mistakes show now
@@ -79,7 +84,9 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         check_share(stage, cfg.model[stage].batch_size, trainer)
     tell_changes(cfg, run_dir)
     evaluator = make_evaluator(cfg, data.source, run_dir)
-    if is_first():
+    if is_started_first():
+        if cfg.resume == "never":
+            begin_anew(cfg, run_dir)
         record_composition(cfg, run_dir)
         point_latest(Path(cfg.runs_dir), run_dir)
 
@@ -98,184 +105,26 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     return metrics.figures
 
 
-# -- from the configuration to objects ----------------------------------------------------
+# -- going on ----------------------------------------------------------------------
 
 
-def check_choices(cfg: DictConfig) -> None:
-    """Raise ValueError for what would otherwise show only after a stage was trained."""
-    for check in CHOICES:
-        check(cfg)
-
-
-def check_stages(cfg: DictConfig) -> None:
-    if list(cfg.stages) not in (["tokenizer", "var"], ["tokenizer"], ["var"]):
-        raise ValueError(
-            f"stages: expected [tokenizer,var], [tokenizer] or [var], got {list(cfg.stages)}"
-        )
-    if cfg.tokenizer_ckpt and "tokenizer" in cfg.stages:
-        raise ValueError(
-            f"tokenizer_ckpt: {cfg.tokenizer_ckpt!r} would be ignored, since stages has the "
-            f"tokenizer; use 'stages=[var]' to train on it, or leave it out"
-        )
-
-
-def check_evaluation(cfg: DictConfig) -> None:
-    counts = {name: cfg.evaluation[name] for name in ("num_samples", "num_samples_val")}
-    smallest = max(2, cfg.evaluation.scores.num_neighbours + 1)
-    if min(counts.values()) < smallest or cfg.evaluation.batch_size < 1:
-        raise ValueError(
-            f"evaluation: expected at least {smallest} samples to score (precision and recall need "
-            f"more than evaluation.scores.num_neighbours) and a batch_size of at least 1, got "
-            f"{counts} and {cfg.evaluation.batch_size}"
-        )
-
-
-def check_objective(cfg: DictConfig) -> None:
-    if cfg.objective and cfg.objective.partition("/")[0] not in cfg.stages:
-        raise ValueError(
-            f"objective: expected a metric of one of the stages {list(cfg.stages)}, such as "
-            f"{cfg.stages[-1]}/loss, got {cfg.objective!r}"
-        )
-
-
-CHOICES = (
-    check_stages,
-    check_evaluation,
-    check_objective,
-    lambda cfg: check_tasks(cfg.trainer.devices, cfg.trainer.num_nodes),
-    lambda cfg: check_precision(cfg.trainer.precision),
-    lambda cfg: check_settings(**cfg.sampling, seed=cfg.seed),
-)
-
-
-def course(cfg: DictConfig, stage: str, source: ImageSource) -> dict[str, Any]:
-    """What decides a stage's batches, and whether it goes on: arguments of `fit_stage`."""
-    model = cfg.model[stage]
-    num_batches = model.num_batches
-    if (num_batches is None) == (model.epochs is None):
-        raise ValueError(
-            f"model.{stage}: expected num_batches or epochs, the other one null, got "
-            f"{num_batches} and {model.epochs} (model.{stage}.num_batches, model.{stage}.epochs)"
-        )
-    if num_batches is None:
-        num_batches = math.ceil(model.epochs * math.ceil(len(source.train) / model.batch_size))
-    return {
-        "batch_size": model.batch_size,
-        "num_batches": num_batches,
-        "val_every": model.val_every,
-        "seed": cfg.seed,
-        "resume": cfg.resume,
-        "save_every": model.save_every,
-    }
-
-
-def make_data(cfg: DictConfig) -> ImageDataModule:
-    source = instantiate(cfg.data, _convert_="all")
-    data = instantiate(cfg.datamodule, _partial_=True)(source)
-    data.prepare_data()
-    data.setup()
-    return data
-
-
-def make_tokenizer(
-    cfg: DictConfig, source: ImageSource, run_dir: Path, device: str = "cpu"
-) -> VQVAE:
-    """A new tokenizer, or the one that stage two alone continues from."""
-    if "tokenizer" in cfg.stages:
-        tokenizer = new_tokenizer(cfg, source, device)
-        warm_start_from(cfg.init_from, tokenizer, cfg.stages)
-    else:
-        own = run_dir if (run_dir / "tokenizer").is_dir() else None
-        places = {"tokenizer_ckpt": cfg.tokenizer_ckpt, "run_dir": own, "init_from": cfg.init_from}
-        tokenizer = read_tokenizer(places, cfg.scales.patch_nums)
-    if tokenizer.schedule != ScaleSchedule(cfg.scales.patch_nums):
-        raise ValueError(
-            f"tokenizer_ckpt: the tokenizer has scales {tokenizer.schedule.patch_nums}, this run "
-            f"{cfg.scales.patch_nums}; set scales.patch_nums or use another tokenizer"
-        )
-    channels = tokenizer.encoder.spec["in_channels"]
-    if channels != source.channels:
-        raise ValueError(
-            f"tokenizer_ckpt: the tokenizer is for images of {channels} channels, those of "
-            f"{source.name} have {source.channels}; choose another data=... or another tokenizer"
-        )
-    tokenizer.schedule.check_image(source.image_size, tokenizer.encoder.stride)
-    return tokenizer
-
-
-def new_tokenizer(cfg: DictConfig, source: ImageSource, device: str) -> VQVAE:
-    torch.manual_seed(cfg.seed)
-    with torch.device(device):
-        return instantiate(
-            cfg.tokenizer,
-            encoder={"in_channels": source.channels},
-            decoder={"out_channels": source.channels},
-            _convert_="all",
-        )
-
-
-def make_modules(cfg: DictConfig, source: ImageSource, tokenizer: VQVAE) -> dict[str, StageModule]:
-    """The stages' modules, in order. They share the tokenizer, which stage one trains in place."""
-    networks: dict[str, dict[str, nn.Module]] = {"tokenizer": {"tokenizer": tokenizer}}
-    if "var" in cfg.stages:
-        networks["var"] = {
-            "tokenizer": tokenizer,
-            "transformer": make_transformer(cfg, source, tokenizer),
-        }
-    return {stage: make_module(cfg, stage, networks[stage]) for stage in cfg.stages}
-
-
-def make_module(cfg: DictConfig, stage: str, networks: Mapping[str, nn.Module]) -> StageModule:
-    return instantiate(cfg.model[stage].module, _partial_=True, _convert_="all")(**networks)
-
-
-def make_transformer(
-    cfg: DictConfig, source: ImageSource, tokenizer: VQVAE, device: str = "cpu"
-) -> VAR:
-    torch.manual_seed(cfg.seed)
-    with torch.device(device):
-        transformer = instantiate(
-            cfg.transformer,
-            vocab_size=tokenizer.quantizer.vocab_size,
-            code_dim=tokenizer.quantizer.code_dim,
-            num_classes=source.num_classes,
-            _convert_="all",
-        )
-    warm_start_from(cfg.init_from, transformer, cfg.stages)
-    return transformer
-
-
-def make_evaluator(cfg: DictConfig, source: ImageSource, run_dir: Path) -> Evaluator:
-    chosen = cfg.evaluation
-    return Evaluator(
-        source,
-        instantiate(chosen.network)(run_dir / "evaluation" / "classifier.pt", source),
-        OmegaConf.to_container(cfg.sampling, resolve=True),
-        num_samples=chosen.num_samples,
-        num_samples_per_scale=chosen.num_samples_per_scale,
-        batch_size=chosen.batch_size,
-        seed=cfg.seed,
-        reference=chosen.reference,
-        num_reference=chosen.num_reference,
-        cache=chosen.cache,
-        score_settings=ScoreSettings(**chosen.scores),
-    )
-
-
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration of the run, as plain data."""
-    return OmegaConf.to_container(
-        OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True
-    )
+def begin_anew(cfg: DictConfig, run_dir: Path) -> None:
+    """Forget what the run folder holds of the stages, all of them before the first one trains."""
+    for stage in cfg.stages:
+        forget(run_dir, stage)
+    mark_begun_anew(run_dir)
 
 
 def tell_changes(cfg: DictConfig, run_dir: Path) -> None:
     """Say what is different from when the run was started; raise ValueError if it matters."""
     begun = [stage for stage in cfg.stages if newest_path(run_dir / stage)]
-    if not begun or cfg.resume != "auto" or not is_first():
+    if not begun or cfg.resume == "never" or not is_started_first():
         return
     was, room = recorded(run_dir)
-    found = check_changes(run_dir, was, plain(cfg), begun) + changed_code(room, environment())
+    now = environment()
+    code = changed_code(room, now)
+    same_code = not code and not now["git_dirty"]
+    found = code + check_changes(run_dir, was, plain(cfg), begun, same_code)
     if found:
         print(f"resume: different from when the run was started: {'; '.join(map(str, found))}")
 
@@ -317,10 +166,6 @@ def check_job(cfg: DictConfig, run_dir: Path) -> int:
 # -- one stage ------------------------------------------------------
 
 
-def make_trainer(cfg: DictConfig) -> Callable[..., Any]:
-    return instantiate(cfg.trainer, **given_by_torchrun(), _partial_=True)
-
-
 def fit(cfg: DictConfig, module: StageModule, data, evaluator: Evaluator, run_dir: Path):
     callbacks = [instantiate(c) for c in cfg.callbacks[module.stage].values()]
     own = [c(evaluator) if isinstance(c, functools.partial) else c for c in callbacks]
@@ -348,16 +193,17 @@ def report_bad_images(source: ImageSource) -> None:
 def main(cfg: DictConfig) -> float | None:
     if cfg.check:
         with interruption.heeded():
-            sys.exit(check_job(cfg, Path(cfg.run_dir).resolve()) if is_first() else 0)
+            sys.exit(check_job(cfg, Path(cfg.run_dir).resolve()) if is_started_first() else 0)
     run_dir = Path(HydraConfig.get().runtime.output_dir).resolve()
     interruption.install()  # again: a launcher may run this in a process of its own
     try:
-        with interruption.heeded(), locked(run_dir) if is_first() else nullcontext():
+        with interruption.heeded(), locked(run_dir) if is_started_first() else nullcontext():
             forget_trace(run_dir)
             metrics = train(cfg, run_dir)
     except Interrupted as stop:
         requeue(stop)
-        leave(stop, run_dir)
+        without = " without resume=never" if cfg.resume == "never" else ""
+        leave(stop, run_dir, f"the same command{without}")
     if cfg.objective and cfg.objective not in metrics:
         raise ValueError(
             f"objective: expected a figure of metrics.json, such as "
@@ -369,7 +215,7 @@ def main(cfg: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     try:
-        if {"check=true", "check=all"} & set(sys.argv):
+        if any(re.match(r"\+*check=(?!false)", argument) for argument in sys.argv):
             sys.argv.append("hydra.run.dir=.")  # or Hydra makes the folder of the run
         launch(main, "train")
     finally:

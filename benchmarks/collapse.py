@@ -28,7 +28,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import train
+from var_exp import wiring
 from var_exp.cli import CONF
 from var_exp.environment import machine
 from var_exp.training.fit import fit_stage
@@ -75,11 +75,11 @@ def measure(job: tuple[str, int, int]) -> dict:
     overrides = [*BASE, *SWITCHES[switch], f"seed={seed}"]
     with initialize_config_dir(str(CONF), version_base=None):
         cfg = compose("train", overrides=overrides)
-    data = train.make_data(cfg)
+    data = wiring.make_data(cfg)
     quiet = contextlib.redirect_stderr(io.StringIO())  # two runs' progress lines, mixed
     with tempfile.TemporaryDirectory() as folder, quiet:
-        tokenizer = train.make_tokenizer(cfg, data.source, Path(folder))
-        (module,) = train.make_modules(cfg, data.source, tokenizer).values()
+        tokenizer = wiring.make_tokenizer(cfg, data.source, Path(folder))
+        (module,) = wiring.make_modules(cfg, data.source, tokenizer).values()
         fitted = fit_stage(
             module,
             data,

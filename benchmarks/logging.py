@@ -30,7 +30,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 
-import train
+from var_exp import wiring
 from var_exp.cli import CONF
 from var_exp.environment import machine
 from var_exp.training.fit import fit_stage
@@ -103,11 +103,11 @@ def measure(
     """Seconds a batch, by mode and round."""
     with initialize_config_dir(str(CONF), version_base=None):
         cfg = compose("train", overrides=overrides)
-    data = train.make_data(cfg)
+    data = wiring.make_data(cfg)
     os.environ["WANDB_MODE"] = "offline"
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = train.make_tokenizer(cfg, data.source, Path(folder))
-        module = train.make_modules(cfg, data.source, tokenizer)[stage]
+        tokenizer = wiring.make_tokenizer(cfg, data.source, Path(folder))
+        module = wiring.make_modules(cfg, data.source, tokenizer)[stage]
         num_batches = (WARM_UP + rounds * len(modes) + 1) * cfg.trainer.log_every_n_steps
         alternate = Alternate(cfg.trainer.log_every_n_steps, list(cfg.logger), modes)
         with contextlib.redirect_stderr(io.StringIO()):  # progress lines

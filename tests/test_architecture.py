@@ -45,7 +45,9 @@ MAY_IMPORT = {
     "lock": set(),
     "slurm": SIGNALS,
     "search": SIGNALS | {"cli"},
-    "continuation": set(),
+    "continuation": {"processes"},
+    "wiring": NETWORKS
+    | {"data", "evaluation", "processes", "sampling", "sources", "training", "transfer"},
     "preflight": NETWORKS | SIGNALS | {"data", "training", "cli"},
     "cli": FILES | SIGNALS | RANKS | {"environment", "processes", "slurm"},
 }
@@ -54,8 +56,8 @@ MAY_IMPORT = {
 ONLY_IN = {
     "lightning": {"training", "data", "processes"},
     "pytorch_lightning": set(),
-    "hydra": {"cli", "search"},
-    "omegaconf": {"cli"},
+    "hydra": {"cli", "search", "wiring"},
+    "omegaconf": {"cli", "wiring"},
     "wandb": {"training"},
     "wandb_workspaces": {"training"},
     "huggingface_hub": {"official"},

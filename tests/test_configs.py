@@ -12,8 +12,8 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-import train
 from command import composed, run
+from var_exp import wiring
 from var_exp.cli import CONF
 from var_exp.data import ImageDataModule, ImageSource
 from var_exp.evaluation import ScoreSettings
@@ -62,8 +62,8 @@ def build_networks(cfg: DictConfig) -> dict[str, StageModule]:
     """Tokenizer, transformer and the modules of both stages, as train.py makes them."""
     with torch.device("meta"):  # whatever their size
         source = source_of(cfg)
-        tokenizer = train.make_tokenizer(cfg, source, Path("nowhere"))
-        return train.make_modules(cfg, source, tokenizer)
+        tokenizer = wiring.make_tokenizer(cfg, source, Path("nowhere"))
+        return wiring.make_modules(cfg, source, tokenizer)
 
 
 FILES = [
@@ -315,9 +315,9 @@ def test_epochs_are_counted_in_whole_batches():
     source.setup()
     for both_or_none in (in_epochs, ["model.var.num_batches=null"]):
         with pytest.raises(ValueError, match="expected num_batches or epochs, the other one null"):
-            train.course(composed("train", *both_or_none), "var", source)
-    assert train.course(cfg, "var", source)["num_batches"] == 9  # 1,437 images are three batches
-    assert train.course(cfg, "tokenizer", source)["num_batches"] == 1200
+            wiring.course(composed("train", *both_or_none), "var", source)
+    assert wiring.course(cfg, "var", source)["num_batches"] == 9  # 1,437 images are three batches
+    assert wiring.course(cfg, "tokenizer", source)["num_batches"] == 1200
 
 
 @every("adversary")

@@ -11,7 +11,7 @@ import pytest
 from command import QUICK, ROOT, run
 from programs import Program, csv_rows
 from stages import assert_equal, weights
-from var_exp.interruption import RESUMABLE, SIGNALS, Interrupted, Interruption, is_first
+from var_exp.interruption import RESUMABLE, SIGNALS, Interrupted, Interruption, is_started_first
 from var_exp.lock import locked
 
 each_signal = pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
@@ -114,7 +114,7 @@ def test_who_is_first_is_known_before_processes_have_met(environment, first, mon
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert is_first() == first
+    assert is_started_first() == first
 
 
 # -- a run folder is one run's --------------------------------------------------------------

@@ -14,6 +14,7 @@ from var_exp.training.loggers import (
     ImageTensorBoardLogger,
     log_picture,
 )
+from var_exp.training.saving import forget
 from var_exp.training.wandb_logger import ContinuedWandbLogger
 
 
@@ -60,7 +61,7 @@ def test_a_restart_goes_on_in_the_same_wandb_run_and_a_new_start_in_another(tmp_
     for anew in (False, False, True):
         logger = ContinuedWandbLogger(str(tmp_path), "var", project="test")
         if anew:
-            logger.begin_anew()
+            forget(tmp_path, "var")
         ids.append(logger.experiment.id)
         logger.finish()
     assert ids[0] == ids[1] != ids[2]

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 from PIL import Image
 
-import train
 from command import QUICK, composed, files, run
 from test_configs import every
+from var_exp import wiring
 from var_exp.cli import PERCEPTUAL, without_parts
 from var_exp.preflight.findings import Findings
 from var_exp.preflight.images import balance_of, look
@@ -257,23 +258,23 @@ def test_classes_without_images_are_named(digits):
 @every("experiment")
 def test_the_networks_of_every_experiment_are_built_without_memory(name):
     cfg = composed("train", f"experiment={name}")
-    source = train.instantiate(cfg.data, _convert_="all")
-    tokenizer = train.new_tokenizer(cfg, source, "meta")
+    source = instantiate(cfg.data, _convert_="all")
+    tokenizer = wiring.new_tokenizer(cfg, source, "meta")
     networks = {"tokenizer": tokenizer}
-    networks["transformer"] = train.make_transformer(cfg, source, tokenizer, "meta")
+    networks["transformer"] = wiring.make_transformer(cfg, source, tokenizer, "meta")
     for stage in cfg.stages:
         chosen = networks if stage == "var" else {"tokenizer": tokenizer}
         alone = without_parts(cfg, [PERCEPTUAL, "adversary"])
-        module = ready(train.make_module(alone, stage, chosen))
+        module = ready(wiring.make_module(alone, stage, chosen))
         assert all(tensor.device.type == "meta" for tensor in module.state_dict().values())
         assert parameters_of(module)[module.network_name].trained > 100_000
 
 
 def test_the_step_of_a_small_experiment_is_measured_as_a_gpu_would_take_it():
     cfg = composed("train", "experiment=cifar10_d8")
-    source = train.instantiate(cfg.data, _convert_="all")
-    tokenizer = train.new_tokenizer(cfg, source, "meta")
-    module = train.make_module(cfg, "tokenizer", {"tokenizer": tokenizer})
+    source = instantiate(cfg.data, _convert_="all")
+    tokenizer = wiring.new_tokenizer(cfg, source, "meta")
+    module = wiring.make_module(cfg, "tokenizer", {"tokenizer": tokenizer})
     needs = needs_of(
         ready(module),
         Devices(1, 1),

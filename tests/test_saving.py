@@ -218,13 +218,30 @@ def test_a_disk_that_stays_full_leaves_the_old_files_whole(digits, tmp_path, mon
     assert {path.name: path.read_bytes() for path in (tmp_path / "var").iterdir()} == before
 
 
+def test_an_interruption_says_whether_what_was_done_last_is_saved(digits, tmp_path, monkeypatch):
+    def full(content, path, keep=None):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert stop(digits, tmp_path / "a").saved
+    monkeypatch.setattr(saving, "write_checkpoint", full)
+    assert not stop(digits, tmp_path / "b").saved
+
+
+def stop(source, folder):
+    """How a stage ends that is asked to stop at its second batch."""
+    ask = Ask(2)
+    with pytest.raises(Interrupted) as stopped:
+        run("var", source, folder, ask, interruption=ask.interruption)
+    return stopped.value
+
+
 # -- going on from elsewhere ----------------------------------------------------------------
 
 
 def test_a_new_run_folder_begins_where_another_one_is(whole, digits, tmp_path):
     stage, _, losses, _ = whole
     interrupted(stage, digits, tmp_path / "a", 5)
-    for path in (tmp_path / "a", tmp_path / "a" / stage / LAST):
+    for path in (tmp_path / "a", tmp_path / "a" / stage, tmp_path / "a" / stage / LAST):
         folder = tmp_path / f"from_{path.name}"
         _, later = run(stage, digits, folder, resume=str(path))
         assert later == {b: losses[b] for b in (6, 7, 8)}
@@ -238,6 +255,24 @@ def test_going_back_in_the_same_run_folder_takes_the_named_file(whole, digits, t
     interrupted(stage, digits, tmp_path, 7)
     _, later = run(stage, digits, tmp_path, resume=str(tmp_path / stage / PREVIOUS))
     assert sorted(later) == [7, 8]
+
+
+def test_a_folder_without_checkpoints_is_no_place_to_begin_from(digits, tmp_path):
+    (tmp_path / "a" / "tokenizer").mkdir(parents=True)
+    with pytest.raises(ValueError, match="resume: expected a checkpoint.*holds neither last.ckpt"):
+        run("tokenizer", digits, tmp_path / "b", resume=str(tmp_path / "a"))
+
+
+def test_begun_anew_nothing_is_left_of_the_training_before(digits, tmp_path):
+    log = {"loggers": [functools.partial(ContinuedCSVLogger, name="csv")]}
+    log["trainer"] = {"log_every_n_steps": 1}
+    run("var", digits, tmp_path, **log)
+    (tmp_path / "var" / "wandb_id").write_text("x")
+    interrupted("var", digits, tmp_path, 2, resume="never", **log)
+    assert [path.name for path in (tmp_path / "var").iterdir()] == [LAST]
+    assert {step for step, _ in csv_rows(tmp_path, "var")} == {0, 1}
+    _, later = run("var", digits, tmp_path, **log)
+    assert sorted(later) == list(range(3, NUM_BATCHES + 1))
 
 
 def test_there_is_nothing_to_go_on_from_at_a_path_that_does_not_exist(digits, tmp_path):

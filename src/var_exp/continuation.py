@@ -2,12 +2,15 @@
 
 Going on means that the run ends as if it had never stopped. So what decides on weights, data and
 schedules of a stage that is not over must be as it was; what only decides on speed, on where
-things are written, or on what is looked at may change, and is told.
+things are written, or on what is looked at may change, and is told. So is the number of processes
+or of micro-batches: they train the same, but dropout and dropped labels are drawn otherwise.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from var_exp.processes import is_started_again, name_of_start
 
 # Of the configuration, what does not change what is trained, by the beginning of the key.
 FREE = (
@@ -37,6 +40,12 @@ OWN = {
 }
 
 
+ANEW = ".anew"  # in a run folder: the start of a job that began it anew
+
+
+MISSING = "(nothing)"
+
+
 class Change(NamedTuple):
     """A dotted key, what it was, and what it is."""
 
@@ -49,28 +58,35 @@ class Change(NamedTuple):
 
 
 def changes(was: Any, now: Any, key: str = "") -> Iterator[Change]:
-    """Where two trees of plain data differ; what a newer version knows of is no change."""
+    """Where two trees of plain data differ."""
     if isinstance(was, Mapping) and isinstance(now, Mapping):
-        for name in was:
-            yield from changes(was[name], now.get(name), f"{key}.{name}" if key else str(name))
-    elif was != now:
+        for name in was | now:
+            before = was.get(name, MISSING)
+            yield from changes(before, now.get(name), f"{key}.{name}" if key else str(name))
+    elif was != now and (was, now) != (MISSING, None):
         yield Change(key, was, now)
 
 
 def check_changes(
-    run_dir: Path, was: Mapping[str, Any], now: Mapping[str, Any], begun: Sequence[str]
+    run_dir: Path,
+    was: Mapping[str, Any],
+    now: Mapping[str, Any],
+    begun: Sequence[str],
+    same_code: bool = True,
 ) -> list[Change]:
     """What is different in a run's configuration.
 
     Args:
         begun: the stages that there are checkpoints of; what another stage is trained with may
             change.
+        same_code: as when the run was started; other code may know of more keys.
 
     Raises:
         ValueError: something that would break the continuation; all of it is named.
     """
     found = list(changes(was, now))
-    if broken := [change for change in found if not is_free(change.key, begun)]:
+    known = [change for change in found if same_code or change.was is not MISSING]
+    if broken := [change for change in known if not is_free(change.key, begun)]:
         raise ValueError(
             f"resume: the run in {str(run_dir)!r} was started with other values that decide on "
             f"what is trained: {'; '.join(map(str, broken))}; keep them, or begin a new run folder "
@@ -90,3 +106,17 @@ def is_free(key: str, begun: Sequence[str]) -> bool:
         return True
     others = [key for stage, keys in OWN.items() if stage not in begun for key in keys]
     return any(key == name or key.startswith(f"{name}.") for name in (*FREE, *others))
+
+
+# -- a job that began anew and is started again -----------------------------------------------
+
+
+def mark_begun_anew(run_dir: Path) -> None:
+    """Note that this job has deleted what it was to begin without."""
+    (run_dir / ANEW).write_text(name_of_start() or "")
+
+
+def is_begun_anew(run_dir: Path) -> bool:
+    """Whether this is another start of the job that began a run folder anew: now it goes on."""
+    path = run_dir / ANEW
+    return is_started_again() and path.exists() and path.read_text() == name_of_start()

@@ -26,11 +26,14 @@ TRACE = ".interrupted"  # in the run folder: one of the processes of this start 
 
 
 class Interrupted(SystemExit):
-    """Raised where the program stops; no error, so that none catches it. Its code is 85."""
+    """Raised where the program stops; no error, so that none catches it. Its code is 85.
 
-    def __init__(self, number: int):
+    `saved` is False where what was done last could not be written.
+    """
+
+    def __init__(self, number: int, saved: bool = True):
         super().__init__(RESUMABLE)
-        self.number = signal.Signals(number)
+        self.number, self.saved = signal.Signals(number), saved
 
     def __str__(self) -> str:
         return self.number.name
@@ -91,8 +94,10 @@ class Interruption:
             raise Interrupted(self.noted)
 
 
-def leave(stop: Interrupted, run_dir: Path | None = None) -> None:
-    """End this process, and let the other processes of the run know why.
+def leave(
+    stop: Interrupted, run_dir: Path | None = None, command: str = "the same command"
+) -> None:
+    """End this process, and let the other processes of the run know why; `command` goes on.
 
     Of several processes the first one says 85. The others end with 0: whoever started them, this
     program, torchrun or srun, may end the first one at once for the failure of another.
@@ -100,9 +105,10 @@ def leave(stop: Interrupted, run_dir: Path | None = None) -> None:
     if run_dir is not None and run_dir.is_dir():
         with contextlib.suppress(OSError):
             (run_dir / TRACE).write_text(f"{stop}\n")
-    if not is_first():
+    if not is_started_first():
         sys.exit(0)
-    print(f"stopped by {stop}; the same command goes on", file=sys.stderr, flush=True)
+    how = "" if stop.saved else " from the last checkpoint: what came after could not be saved"
+    print(f"stopped by {stop}; {command} goes on{how}", file=sys.stderr, flush=True)
     raise stop
 
 
@@ -111,7 +117,7 @@ def forget_trace(run_dir: Path) -> None:
     (run_dir / TRACE).unlink(missing_ok=True)
 
 
-def is_first() -> bool:
+def is_started_first() -> bool:
     """Whether this is the first process of a run, as whoever started it says.
 
     Known before the processes have found each other.

@@ -131,6 +131,17 @@ def agree_on_start() -> None:
         os.environ[START] = f"job_{os.environ['SLURM_JOB_ID']}_{os.environ['SLURM_STEP_ID']}"
 
 
+def name_of_start() -> str | None:
+    """What all starts of a job have in common, by torchrun or from Slurm's queue; else None."""
+    return os.environ.get(START) or os.environ.get("SLURM_JOB_ID")
+
+
+def is_started_again() -> bool:
+    """Whether torchrun or Slurm has started this job before."""
+    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    return any(int(os.environ.get(count, 0)) for count in counts)
+
+
 def check_tasks(devices: int | str, num_nodes: int) -> None:
     """Raise ValueError unless Slurm has started the processes that a job is for.
 

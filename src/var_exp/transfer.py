@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from var_exp.interruption import is_first
+from var_exp.interruption import is_started_first
 from var_exp.sources import Found, read_networks
 from var_exp.tokenizer import VQVAE, Codebook
 from var_exp.transformer import VAR
@@ -68,7 +68,7 @@ def warm_start_from(
         start(network, source)
     except ValueError as error:
         raise ValueError(f"init_from: {str(path)!r}: {error}") from None
-    if is_first():
+    if is_started_first():
         print(f"init_from: the {name} starts from {found.path}")
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from var_exp.data import ImageDataModule
-from var_exp.interruption import Interruption, is_first
+from var_exp.interruption import Interruption, is_started_first
 from var_exp.training.bars import progress_bar
 from var_exp.training.loggers import Guarded
 from var_exp.training.monitor import Monitor
@@ -23,6 +23,7 @@ from var_exp.training.saving import (
     SealedFiles,
     best_or_newest,
     earlier,
+    forget,
     is_finished,
     progress_in,
     provide_best,
@@ -94,10 +95,12 @@ def fit_stage(
     lengths = (batch_size, num_batches, val_every)
     found = check_stage(module, run_dir, *lengths, seed, resume, save_every)
     interruption = interruption or Interruption()
+    if resume == "never" and is_started_first():
+        forget(run_dir, module.stage)
     path, finished, seconds = None, False, 0.0
     if found is not None:
         module.on_load_checkpoint(found.content)
-        if is_first():
+        if is_started_first():
             provide_best(folder, found)
         path, finished = found.path, is_finished(found.content)
         seconds = progress_in(found.content)["seconds"]
@@ -126,7 +129,9 @@ def fit_stage(
         check_share(module.stage, batch_size, runner)
         own_signals(runner)
         if not finished:
-            begin(runner.loggers, config, anew=resume == "never")
+            if config:
+                for logger in runner.loggers:
+                    logger.log_hyperparams(config)
             with interruption.held():
                 runner.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
             seconds = progress.seconds
@@ -219,15 +224,6 @@ def own_signals(runner: L.Trainer) -> None:
     training is in the middle of: with two processes SIGTERM hung in three of three trials.
     """
     runner._signal_connector.register_signal_handlers = lambda: None
-
-
-def begin(loggers: Sequence[Guarded], config: Mapping[str, Any] | None, anew: bool) -> None:
-    """Tell a stage's loggers what is run; let them forget an earlier training of the stage."""
-    for logger in loggers:
-        if anew:
-            logger.begin_anew()
-        if config:
-            logger.log_hyperparams(config)
 
 
 def finish(loggers: Sequence[Guarded]) -> None:

@@ -8,7 +8,6 @@ behind `Guarded`, which lets none of them end a run. The one for W&B is in `wand
 
 import csv
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -152,10 +151,6 @@ class Guarded(Logger):
     def finalize(self, status: str) -> None:
         self._call("finalize", status)
 
-    def begin_anew(self) -> None:
-        """Forget what an earlier training of the stage left in the run folder."""
-        self._call("begin_anew")
-
     def finish(self) -> None:
         """Let go of what is held open: a later stage would go on in it."""
         self._call("finish")
@@ -244,11 +239,6 @@ class ContinuedCSVLogger(CSVLogger):
             suffix = f"_{i}" if i else ""
             save_png(image, self.pictures / f"{name}{suffix}_{step + 1:06d}.png")
 
-    @rank_zero_only
-    def begin_anew(self) -> None:
-        forget(self.log_dir)
-        forget(self.pictures)
-
 
 class ImageTensorBoardLogger(TensorBoardLogger):
     """Lightning's, with `log_image`, and without the scalar `hp_metric` that it adds."""
@@ -264,15 +254,5 @@ class ImageTensorBoardLogger(TensorBoardLogger):
             self.experiment.add_image(name, image, step, dataformats="HWC")
 
     @rank_zero_only
-    def begin_anew(self) -> None:
-        forget(self.log_dir)
-
-    @rank_zero_only
     def finish(self) -> None:
         self.experiment.close()
-
-
-def forget(folder: str | os.PathLike) -> None:
-    """Delete a folder of logs, if it is there."""
-    if Path(folder).exists():
-        shutil.rmtree(folder)

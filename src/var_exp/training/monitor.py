@@ -26,6 +26,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import Profiler
 
+from var_exp.ranks import world_size
 from var_exp.training.loggers import log_scalars
 from var_exp.training.machine import FlopCounter, peak_flops
 from var_exp.training.stage import StageModule
@@ -43,10 +44,11 @@ class Monitor(Callback):
         self.watched: Profiler | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"flops": self.flops}
+        return {"flops": self.flops, "processes": world_size()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.flops = state["flops"]
+        if state["processes"] == world_size():
+            self.flops = state["flops"]
 
     # -- watching -------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from var_exp.files import check_seal, replacing
 from var_exp.interruption import Interrupted, Interruption
 from var_exp.ranks import common_batches, max_over_ranks
 
+LOGS = ("csv", "tensorboard")  # where a run folder has logs of its stages, see conf/logger
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
 
@@ -158,8 +159,8 @@ class Checkpoints(Checkpoint):
         """Save and raise Interrupted in all processes, where one of them was sent a signal."""
         number = max_over_ranks(self.interruption.noted or 0, trainer.strategy.root_device)
         if number:
-            self.save(trainer, LAST)
-            raise Interrupted(number)
+            saved = self.save(trainer, LAST)
+            raise Interrupted(number, saved)
 
     # -- how ----------------------------------------------------------------------------------
 
@@ -190,7 +191,14 @@ def validate(trainer: L.Trainer) -> None:
     trainer.training = True
 
 
-# -- going on -------------------------------------------------------------------------------
+# -- beginning anew, or going on --------------------------------------------------------------
+
+
+def forget(run_dir: Path, stage: str) -> None:
+    """Delete what a stage left in a run folder: checkpoints, pictures, logs, and its W&B id."""
+    for folder in (run_dir / stage, *(run_dir / name / stage for name in LOGS)):
+        if folder.is_dir():
+            shutil.rmtree(folder)
 
 
 class Found(NamedTuple):
@@ -235,12 +243,13 @@ def earlier(run_dir: Path, stage: str, resume: str) -> Found | None:
     """What a stage goes on from.
 
     Args:
-        resume: "auto": what is in the run folder; "never": nothing; or a checkpoint or a run
-            folder. One that is elsewhere is where a run folder begins, and not used again once
-            the stage has checkpoints there: so the same command goes on after an interruption.
+        resume: "auto": what is in the run folder; "never": nothing; or a checkpoint, a run folder
+            or the folder of one of its stages. One that is elsewhere is where a run folder
+            begins, and not used again once the stage has checkpoints there: so the same command
+            goes on after an interruption.
 
     Raises:
-        ValueError: there is no such file, or it is damaged.
+        ValueError: there is no such file, it is damaged, or a folder holds no checkpoints.
     """
     folder = run_dir / stage
     if resume == "never":
@@ -254,9 +263,14 @@ def earlier(run_dir: Path, stage: str, resume: str) -> Found | None:
         )
     if not path.is_relative_to(run_dir.resolve()) and (own := newest(folder)):
         return own
-    if path.is_dir():
+    if path.is_dir() and any(newest_path(of_stage) for of_stage in path.iterdir()):
         return newest(path / stage)
-    found = Found(path, read_checkpoint(path))
+    found = newest(path) if path.is_dir() else Found(path, read_checkpoint(path))
+    if found is None:
+        raise ValueError(
+            f"resume: expected a checkpoint, a run folder or a stage's folder, {resume!r} holds "
+            f"neither {LAST} nor a stage with one"
+        )
     return found if found.content[KEY]["stage"] == stage else newest(folder)
 
 

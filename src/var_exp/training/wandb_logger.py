@@ -137,10 +137,6 @@ class ContinuedWandbLogger(WandbLogger):
     # -- from stage to stage --------------------------------------------------------------
 
     @rank_zero_only
-    def begin_anew(self) -> None:
-        (self.folder / "wandb_id").unlink(missing_ok=True)
-
-    @rank_zero_only
     def finish(self) -> None:
         if self._experiment is not None:
             self._experiment.finish()

@@ -1,0 +1,200 @@
+"""From a composition to the objects of a training, and what a composition must not be.
+
+Each function takes the whole composition and hands its parts, as plain values and modules, to the
+rooms that know nothing of Hydra.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from var_exp.data import ImageDataModule, ImageSource
+from var_exp.evaluation import ScoreSettings
+from var_exp.evaluation.evaluator import Evaluator
+from var_exp.processes import check_tasks, given_by_torchrun
+from var_exp.sampling import check_settings
+from var_exp.scales import ScaleSchedule
+from var_exp.sources import read_tokenizer
+from var_exp.tokenizer import VQVAE
+from var_exp.training.fit import check_precision
+from var_exp.training.stage import StageModule
+from var_exp.transfer import warm_start_from
+from var_exp.transformer import VAR
+
+
+def check_choices(cfg: DictConfig) -> None:
+    """Raise ValueError for what would otherwise show only after a stage was trained."""
+    for check in CHOICES:
+        check(cfg)
+
+
+def check_stages(cfg: DictConfig) -> None:
+    if list(cfg.stages) not in (["tokenizer", "var"], ["tokenizer"], ["var"]):
+        raise ValueError(
+            f"stages: expected [tokenizer,var], [tokenizer] or [var], got {list(cfg.stages)}"
+        )
+    if cfg.tokenizer_ckpt and "tokenizer" in cfg.stages:
+        raise ValueError(
+            f"tokenizer_ckpt: {cfg.tokenizer_ckpt!r} would be ignored, since stages has the "
+            f"tokenizer; use 'stages=[var]' to train on it, or leave it out"
+        )
+
+
+def check_evaluation(cfg: DictConfig) -> None:
+    counts = {name: cfg.evaluation[name] for name in ("num_samples", "num_samples_val")}
+    smallest = max(2, cfg.evaluation.scores.num_neighbours + 1)
+    if min(counts.values()) < smallest or cfg.evaluation.batch_size < 1:
+        raise ValueError(
+            f"evaluation: expected at least {smallest} samples to score (precision and recall need "
+            f"more than evaluation.scores.num_neighbours) and a batch_size of at least 1, got "
+            f"{counts} and {cfg.evaluation.batch_size}"
+        )
+
+
+def check_objective(cfg: DictConfig) -> None:
+    if cfg.objective and cfg.objective.partition("/")[0] not in cfg.stages:
+        raise ValueError(
+            f"objective: expected a metric of one of the stages {list(cfg.stages)}, such as "
+            f"{cfg.stages[-1]}/loss, got {cfg.objective!r}"
+        )
+
+
+CHOICES = (
+    check_stages,
+    check_evaluation,
+    check_objective,
+    lambda cfg: check_tasks(cfg.trainer.devices, cfg.trainer.num_nodes),
+    lambda cfg: check_precision(cfg.trainer.precision),
+    lambda cfg: check_settings(**cfg.sampling, seed=cfg.seed),
+)
+
+
+def course(cfg: DictConfig, stage: str, source: ImageSource) -> dict[str, Any]:
+    """What decides a stage's batches, and whether it goes on: arguments of `fit_stage`."""
+    model = cfg.model[stage]
+    num_batches = model.num_batches
+    if (num_batches is None) == (model.epochs is None):
+        raise ValueError(
+            f"model.{stage}: expected num_batches or epochs, the other one null, got "
+            f"{num_batches} and {model.epochs} (model.{stage}.num_batches, model.{stage}.epochs)"
+        )
+    if num_batches is None:
+        num_batches = math.ceil(model.epochs * math.ceil(len(source.train) / model.batch_size))
+    return {
+        "batch_size": model.batch_size,
+        "num_batches": num_batches,
+        "val_every": model.val_every,
+        "seed": cfg.seed,
+        "resume": cfg.resume,
+        "save_every": model.save_every,
+    }
+
+
+def make_data(cfg: DictConfig) -> ImageDataModule:
+    source = instantiate(cfg.data, _convert_="all")
+    data = instantiate(cfg.datamodule, _partial_=True)(source)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def make_tokenizer(
+    cfg: DictConfig, source: ImageSource, run_dir: Path, device: str = "cpu"
+) -> VQVAE:
+    """A new tokenizer, or the one that stage two alone continues from."""
+    if "tokenizer" in cfg.stages:
+        tokenizer = new_tokenizer(cfg, source, device)
+        warm_start_from(cfg.init_from, tokenizer, cfg.stages)
+    else:
+        own = run_dir if (run_dir / "tokenizer").is_dir() else None
+        places = {"tokenizer_ckpt": cfg.tokenizer_ckpt, "run_dir": own, "init_from": cfg.init_from}
+        tokenizer = read_tokenizer(places, cfg.scales.patch_nums)
+    if tokenizer.schedule != ScaleSchedule(cfg.scales.patch_nums):
+        raise ValueError(
+            f"tokenizer_ckpt: the tokenizer has scales {tokenizer.schedule.patch_nums}, this run "
+            f"{cfg.scales.patch_nums}; set scales.patch_nums or use another tokenizer"
+        )
+    channels = tokenizer.encoder.spec["in_channels"]
+    if channels != source.channels:
+        raise ValueError(
+            f"tokenizer_ckpt: the tokenizer is for images of {channels} channels, those of "
+            f"{source.name} have {source.channels}; choose another data=... or another tokenizer"
+        )
+    tokenizer.schedule.check_image(source.image_size, tokenizer.encoder.stride)
+    return tokenizer
+
+
+def new_tokenizer(cfg: DictConfig, source: ImageSource, device: str) -> VQVAE:
+    torch.manual_seed(cfg.seed)
+    with torch.device(device):
+        return instantiate(
+            cfg.tokenizer,
+            encoder={"in_channels": source.channels},
+            decoder={"out_channels": source.channels},
+            _convert_="all",
+        )
+
+
+def make_modules(cfg: DictConfig, source: ImageSource, tokenizer: VQVAE) -> dict[str, StageModule]:
+    """The stages' modules, in order. They share the tokenizer, which stage one trains in place."""
+    networks: dict[str, dict[str, nn.Module]] = {"tokenizer": {"tokenizer": tokenizer}}
+    if "var" in cfg.stages:
+        networks["var"] = {
+            "tokenizer": tokenizer,
+            "transformer": make_transformer(cfg, source, tokenizer),
+        }
+    return {stage: make_module(cfg, stage, networks[stage]) for stage in cfg.stages}
+
+
+def make_module(cfg: DictConfig, stage: str, networks: Mapping[str, nn.Module]) -> StageModule:
+    return instantiate(cfg.model[stage].module, _partial_=True, _convert_="all")(**networks)
+
+
+def make_transformer(
+    cfg: DictConfig, source: ImageSource, tokenizer: VQVAE, device: str = "cpu"
+) -> VAR:
+    torch.manual_seed(cfg.seed)
+    with torch.device(device):
+        transformer = instantiate(
+            cfg.transformer,
+            vocab_size=tokenizer.quantizer.vocab_size,
+            code_dim=tokenizer.quantizer.code_dim,
+            num_classes=source.num_classes,
+            _convert_="all",
+        )
+    warm_start_from(cfg.init_from, transformer, cfg.stages)
+    return transformer
+
+
+def make_evaluator(cfg: DictConfig, source: ImageSource, run_dir: Path) -> Evaluator:
+    chosen = cfg.evaluation
+    return Evaluator(
+        source,
+        instantiate(chosen.network)(run_dir / "evaluation" / "classifier.pt", source),
+        OmegaConf.to_container(cfg.sampling, resolve=True),
+        num_samples=chosen.num_samples,
+        num_samples_per_scale=chosen.num_samples_per_scale,
+        batch_size=chosen.batch_size,
+        seed=cfg.seed,
+        reference=chosen.reference,
+        num_reference=chosen.num_reference,
+        cache=chosen.cache,
+        score_settings=ScoreSettings(**chosen.scores),
+    )
+
+
+def make_trainer(cfg: DictConfig) -> Callable[..., Any]:
+    return instantiate(cfg.trainer, **given_by_torchrun(), _partial_=True)
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration of the run, as plain data."""
+    return OmegaConf.to_container(
+        OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True
+    )
