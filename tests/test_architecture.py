@@ -44,20 +44,22 @@ MAY_IMPORT = {
     | {"sampling", "checkpoint", "data", "evaluation"},
     "lock": set(),
     "slurm": SIGNALS,
-    "search": SIGNALS | {"cli"},
+    "search": SIGNALS | {"cli", "lock", "search_space", "slurm"},
+    "search_space": set(),
     "continuation": {"processes"},
     "wiring": NETWORKS
     | {"data", "evaluation", "processes", "sampling", "sources", "training", "transfer"},
     "preflight": NETWORKS | SIGNALS | {"data", "training", "cli"},
-    "cli": FILES | SIGNALS | RANKS | {"environment", "processes", "slurm"},
+    "options": set(),
+    "cli": FILES | SIGNALS | RANKS | {"environment", "options", "processes", "slurm"},
 }
 
 # Libraries that only some rooms may know.
 ONLY_IN = {
     "lightning": {"training", "data", "processes"},
     "pytorch_lightning": set(),
-    "hydra": {"cli", "search", "wiring"},
-    "omegaconf": {"cli", "wiring"},
+    "hydra": {"cli", "options", "search_space", "wiring"},
+    "omegaconf": {"cli", "options", "wiring"},
     "wandb": {"training"},
     "wandb_workspaces": {"training"},
     "huggingface_hub": {"official"},
