@@ -11,7 +11,6 @@ one, with one switch turned on at a time. Two runs at a time, one thread each. W
 import argparse
 import contextlib
 import io
-import json
 import multiprocessing
 import os
 import tempfile
@@ -28,6 +27,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from benchmarks.harness import markdown, save
 from var_exp import wiring
 from var_exp.cli import CONF
 from var_exp.environment import machine
@@ -98,7 +98,7 @@ def table(results: list[dict]) -> str:
     scales = [key.removeprefix("usage_scale_") for key in results[0] if "usage_scale" in key]
     head = ["switch", "PSNR (dB)"]
     head += [f"{what} {s}x{s}" for what in ("usage", "perplexity") for s in scales]
-    rows = [head, ["---"] * len(head)]
+    rows = [head]
     for switch in SWITCHES:
         runs = [run for run in results if run["switch"] == switch]
         psnr = [run["psnr"] for run in runs]
@@ -106,7 +106,7 @@ def table(results: list[dict]) -> str:
         row += [f"{100 * mean(run[f'usage_scale_{s}'] for run in runs):.0f} %" for s in scales]
         row += [f"{mean(run[f'perplexity_scale_{s}'] for run in runs):.0f}" for s in scales]
         rows.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(rows)
 
 
 def picture(results: list[dict], path: Path) -> None:
@@ -148,8 +148,7 @@ def main() -> None:
     about = {**machine(), "date": date.today().isoformat(), "batches": args.batches}
     about["overrides"] = BASE
     about |= {"switches": SWITCHES, "wall_seconds": round(time.monotonic() - started)}
-    path = ROOT / "benchmarks" / "results" / "collapse.json"
-    path.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+    save("collapse", about | {"results": results})
     picture(results, ROOT / "docs" / "images" / "collapse.png")
     print(table(results))
 

@@ -26,11 +26,11 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from benchmarks.harness import save
 from var_exp.data.blocks import block_order
 from var_exp.data.sampler import GlobalBatchSampler
 from var_exp.environment import machine
 
-ROOT = Path(__file__).resolve().parents[1]
 COUNT, BLOCKS, BUFFER, BATCH = 240, 12, 48, 8
 NUM_BATCHES = COUNT // BATCH
 STARTS = (1, 4, 13, 22)  # batches after which a loader is stopped
@@ -202,8 +202,7 @@ def main() -> None:
             print(name, json.dumps(found[name]), flush=True)
     versions = {name: version(name) for name in ("webdataset", "datasets", "litdata", "torchdata")}
     about = {"machine": machine() | {"libraries": versions}, "results": found}
-    path = ROOT / "benchmarks" / "results" / "continuation.json"
-    path.write_text(json.dumps(about, indent=1) + "\n")
+    save("continuation", about)
 
 
 if __name__ == "__main__":

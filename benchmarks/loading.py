@@ -13,7 +13,6 @@ ImageNet's size. Writes `benchmarks/results/loading.json` and prints the table.
 
 import argparse
 import io
-import json
 import os
 import tempfile
 import time
@@ -30,6 +29,7 @@ import torch
 import webdataset
 from PIL import Image
 
+from benchmarks.harness import markdown, save
 from var_exp.data import ImageDataModule, ImageFolder, Shards
 from var_exp.data.blocks import block_order
 from var_exp.data.encoded import EncodedImages, EncodedSource
@@ -38,7 +38,6 @@ from var_exp.data.pack import pack
 from var_exp.data.shard_index import ROW, ShardIndex, read_index, write_index
 from var_exp.environment import machine
 
-ROOT = Path(__file__).resolve().parents[1]
 IMAGENET = 1_281_167
 BATCH, SIZE, BUFFER = 32, 256, 512
 FOLDER = "image_folder"
@@ -191,13 +190,13 @@ def summary(rounds: list[dict[tuple[str, str], float]]) -> dict[str, dict[str, d
 
 
 def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
-    rows = ["| | form | ms an image | times as fast as image_folder |", "| --- | --- | --- | --- |"]
+    rows = [["", "form", "ms an image", "times as fast as image_folder"]]
     for what, forms in found.items():
         for form, row in forms.items():
             low, high = row["times_as_fast_range"]
             ratio = f"{row['times_as_fast']:.2f} ({low:.2f} to {high:.2f})"
-            rows.append(f"| {what} | {form} | {row['milliseconds']:.3g} | {ratio} |")
-    return "\n".join(rows)
+            rows.append([what, form, f"{row['milliseconds']:.3g}", ratio])
+    return markdown(rows)
 
 
 def main() -> None:
@@ -231,8 +230,7 @@ def main() -> None:
         "packing_milliseconds": 1000 * packing,
         "index_of_imagenet": index,
     }
-    path = ROOT / "benchmarks" / "results" / "loading.json"
-    path.write_text(json.dumps(about, indent=1) + "\n")
+    save("loading", about)
     print(table(about["results"]))
 
 

@@ -15,7 +15,6 @@ nothing else runs. Validations, pictures and checkpoints are no part of it. Writ
 import argparse
 import contextlib
 import io
-import json
 import math
 import os
 import tempfile
@@ -30,6 +29,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 
+from benchmarks.harness import markdown, save
 from var_exp import wiring
 from var_exp.cli import CONF
 from var_exp.environment import machine
@@ -37,7 +37,6 @@ from var_exp.training.fit import fit_stage
 from var_exp.training.monitor import Monitor
 from var_exp.training.stage import StageModule
 
-ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("tokenizer", "var")
 DEFAULT = ["logger=all"]
 LIGHT = [
@@ -147,18 +146,15 @@ def summary(seconds: dict[str, list[float]], step: float) -> dict[str, dict[str,
 
 
 def table(results: dict[str, dict]) -> str:
-    rows = [
-        "| stage | loggers | ms added to a batch | of a default step |",
-        "| --- | --- | --- | --- |",
-    ]
+    rows = [["stage", "loggers", "ms added to a batch", "of a default step"]]
     for stage, found in results.items():
         for mode, row in found["modes"].items():
             low, high = row["added_ms_bounds"]
             added = f"{row['added_ms']:.2f} ({low:.2f} to {high:.2f})"
             share = f"{100 * row['share_of_step']:.2f} %"
             share += f" (at most {100 * row['share_of_step_at_most']:.2f} %)"
-            rows.append(f"| {stage} | {mode} | {added} | {share} |")
-    return "\n".join(rows)
+            rows.append([stage, mode, added, share])
+    return markdown(rows)
 
 
 def measure_stage(stage: str, rounds: int) -> dict[str, Any]:
@@ -180,8 +176,7 @@ def main() -> None:
     about = {**machine(), "date": date.today().isoformat(), "threads": 1}
     about |= {"rounds": args.rounds, "interval": 10}
     results = {stage: measure_stage(stage, args.rounds) for stage in STAGES}
-    path = ROOT / "benchmarks" / "results" / "logging.json"
-    path.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+    save("logging", about | {"results": results})
     print(table(results))
 
 

@@ -1,0 +1,131 @@
+"""How long a training step of the transformer takes: ours against the plain way.
+
+    python -m benchmarks.training --precision fp32
+    python -m benchmarks.training --precision bf16
+
+A step is forward, backward, clipping and AdamW. It is taken from codes that are at hand, and from
+images, which the plain way encodes at every step, as the published code does; there ours is tried
+with the images and with the codes at hand. The plain way always computes in float32. Before
+anything is timed, loss and gradients must agree, and the losses of the next steps. Writes
+`benchmarks/results/training_<precision>.json`, and prints the table.
+"""
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+from benchmarks.baseline import PlainTokenizer, PlainTraining, PlainTransformer
+from benchmarks.harness import Candidate, check_close, in_precision
+from benchmarks.limits import Work, counted, fewest_bytes
+from benchmarks.networks import draw_codes, draw_images, draw_labels, make_networks
+from var_exp.tokenizer import VQVAE
+from var_exp.training.optim import param_groups
+from var_exp.training.sharding import clip_gradients
+from var_exp.training.var_module import token_losses
+from var_exp.transformer import VAR
+
+RATES = {"lr": 1e-4, "weight_decay": 0.05, "betas": (0.9, 0.95)}  # as published
+CLIP = 2.0
+SAME, CLOSE = {"fp32": 1e-4, "bf16": 2e-2}, {"fp32": 1e-3, "bf16": 0.1}  # of losses, gradients
+ADAMW_BYTES = 28  # a parameter: weight and two moments read and written, the gradient read
+
+
+class OurTraining:
+    """What `VARModule` does in a step, without Lightning around it."""
+
+    def __init__(self, transformer: VAR, tokenizer: VQVAE, precision: str):
+        self.transformer, self.tokenizer = transformer.train(), tokenizer
+        self.precision = precision
+        rates = dict(RATES)
+        groups = param_groups(transformer, rates.pop("weight_decay"))
+        self.optimizer = torch.optim.AdamW(groups, **rates)
+
+    def step_from_images(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.step_from_codes(self.tokenizer.encode(images), labels)
+
+    def step_from_codes(self, indices: list[Tensor], labels: Tensor) -> Tensor:
+        loss = self.gradients(indices, labels)
+        clip_gradients(list(self.transformer.parameters()), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    def gradients(self, indices: list[Tensor], labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            inputs = self.tokenizer.quantizer.teacher_forcing_input(indices)
+        with in_precision(self.precision, labels.device):
+            logits = self.transformer(inputs, labels)
+            loss = token_losses(logits, torch.cat(indices, dim=1)).mean()
+        loss.backward()
+        return loss.detach()
+
+
+def pair(args: argparse.Namespace) -> tuple[PlainTraining, OurTraining]:
+    """The plain way and ours, with the same weights."""
+    transformer, tokenizer = make_networks(args)
+    plain = PlainTransformer(transformer).to(args.device), PlainTokenizer(tokenizer).to(args.device)
+    return (
+        PlainTraining(*plain, **RATES, clip=CLIP),
+        OurTraining(transformer, tokenizer, args.precision),
+    )
+
+
+def check(plain: PlainTraining, ours: OurTraining, indices: list[Tensor], labels: Tensor) -> dict:
+    """How far loss, gradients and the losses of three steps differ, relatively.
+
+    Raises:
+        Unequal: by too much for a ratio.
+    """
+    precision = ours.precision
+    losses = [training.gradients(indices, labels) for training in (plain, ours)]
+    found = {"difference of the loss": check_close("loss", *losses, SAME[precision])}
+    gradients = dict(plain.transformer.named_parameters())
+    pairs = [(gradients[n].grad, p.grad) for n, p in ours.transformer.named_parameters()]
+    whole = [torch.cat([grad.flatten() for grad in side]) for side in zip(*pairs, strict=True)]
+    found["difference of the gradient"] = check_close("gradient", *whole, CLOSE[precision])
+    steps = []
+    for training in (plain, ours):
+        training.optimizer.zero_grad()
+        steps.append(torch.stack([training.step_from_codes(indices, labels) for _ in range(3)]))
+    found["difference of the losses of three steps"] = check_close(
+        "losses of three steps", *steps, SAME[precision]
+    )
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = harness.parse(__doc__.splitlines()[0], arguments)
+    plain, ours = pair(args)
+    codes, images, labels = draw_codes(args), draw_images(args), draw_labels(args)
+    checks = check(plain, ours, codes, labels)
+    from_codes = (
+        lambda: plain.step_from_codes(codes, labels),
+        lambda: ours.step_from_codes(codes, labels),
+    )
+    from_images = (
+        lambda: plain.training_step_plain(images, labels),
+        lambda: ours.step_from_images(images, labels),
+    )
+    name, precision = f"ours, {args.precision}", args.precision
+    bytes_ = fewest_bytes([ours.transformer], *codes, passes=2, per_parameter=ADAMW_BYTES)
+    work = Work(min(counted(run)[0] for run in from_codes), bytes_)
+    step = [
+        Candidate("plain, fp32", from_codes[0], "fp32", work),
+        Candidate(name, from_codes[1], precision, work),
+    ]
+    with_codes = [
+        Candidate("plain, fp32, from images", from_images[0], "fp32"),
+        Candidate(f"{name}, from images", from_images[1], precision),
+        Candidate(f"{name}, codes at hand", from_codes[1], precision),
+    ]
+    found = {
+        "training step": harness.compare(step, args),
+        "training step with its codes": harness.compare(with_codes, args),
+    }
+    harness.conclude(f"training_{precision}", args, found, checks)
+
+
+if __name__ == "__main__":
+    main()
