@@ -58,7 +58,11 @@ def heat_maps(history: Mapping[str, Curve], panels: Mapping[str, str]) -> np.nda
         for i, name in enumerate(names):
             for batch, value in history[name]:
                 values[i, batches.index(batch)] = value
-        image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
+        # Shares from 0 to 1, all else from 0: or small differences would look like a collapse.
+        top = max(1.0, float(np.nanmax(values, initial=0.0)))
+        image = axes.imshow(
+            values, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0.0, vmax=top
+        )
         figure.colorbar(image, ax=axes)
         axes.set_yticks(range(len(names)), [name.rpartition("scale_")[2] for name in names])
         shown = np.unique(np.linspace(0, len(batches) - 1, min(len(batches), 6)).astype(int))

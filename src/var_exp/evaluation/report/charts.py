@@ -138,6 +138,13 @@ def _plot(axes: Axes, chart: Chart, lines: list[Line], palette: _Palette) -> Non
     values += [end * chart.scale for band in chart.bands for end in band]
     is_log = not chart.linear and min(values) > 0 and max(values) > LOG_FROM * min(values)
     axes.set_yscale("log" if is_log else "linear")
+    if is_log:  # with a rule below and above, from which the eye can tell what it is
+        decades = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
+        ends = [digit * 10.0**decade for decade in decades for digit in (1.0, 3.0)]
+        axes.set_ylim(
+            max(end for end in ends if end <= min(values)),
+            min(end for end in ends if end >= max(values)),
+        )
     for low, high in chart.bands:
         axes.axhspan(low * chart.scale, high * chart.scale, color=palette(BAND), linewidth=0)
     for line in sorted(lines, key=lambda line: line.strong):
@@ -172,7 +179,8 @@ def _ticks(axes: Axes, chart: Chart, last: int, is_log: bool, palette: _Palette)
         if left <= x <= right:
             at = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top"}
             axes.text(x, -0.03, name, **at, **style)
-    axes.text(0.5, -0.13, chart.x_label, transform=axes.transAxes, ha="center", va="top", **style)
+    label = f"{chart.x_label}, logarithmic upwards" if is_log else chart.x_label
+    axes.text(0.5, -0.13, label, transform=axes.transAxes, ha="center", va="top", **style)
     axes.set(xlim=(left, right), ylim=(low, high))
 
 

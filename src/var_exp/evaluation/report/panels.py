@@ -37,7 +37,7 @@ PANELS = (
     Panel("Learning rate", "", (RATE,)),
     Panel("Images per second", "", ("speed/images_per_second",)),
     Panel("Time spent waiting for data", "%", ("speed/data_wait",)),
-    Panel("Share of the machine\u2019s peak", "%", ("speed/share_of_peak",)),
+    Panel("Speed, share of that of a large matrix product", "%", ("speed/share_of_peak",)),
 )
 # Ends of bands are drawn as bands; the rest are drawn in other charts, or as a part of them.
 UNDRAWN = re.compile(r".*_expected_(low|high)|val/(loss|acc)_last_scale|val/fid_.*_scale_.*")

@@ -145,4 +145,6 @@ def plain(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, list):
         return ", ".join(plain(v) for v in value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return str(value)
