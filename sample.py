@@ -6,12 +6,19 @@ python sample.py ckpt=runs/latest evaluate=true           FID and others, into m
 python sample.py ckpt=runs/latest num_samples=0 export=DIR   the networks in one portable folder
 """
 
-from var_exp.interruption import Interrupted, Interruption, leave
+from var_exp.interruption import (
+    Interrupted,
+    Interruption,
+    forget_trace,
+    leave,
+    stop_if_traced,
+)
 
 interruption = Interruption()
 if __name__ == "__main__":
     interruption.install()  # before the slow imports: a signal may come while they last
 
+import functools
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,7 +48,13 @@ from var_exp.evaluation.sample_set import SampleSet
 from var_exp.lock import locked
 from var_exp.official import MODELS, save_official
 from var_exp.pipeline import VARPipeline
-from var_exp.processes import check_processes, check_tasks, choose_device, joined
+from var_exp.processes import (
+    check_meeting_point,
+    check_processes,
+    check_tasks,
+    choose_device,
+    joined,
+)
 from var_exp.slurm import requeue
 from var_exp.sources import Found, read_networks, read_published
 
@@ -63,6 +76,7 @@ def sample(cfg: DictConfig, out: Path) -> None:
         remove_if_empty(out)
         print(table("exported", done))
         return
+    check_place(out)
     num_samples = choose_number(cfg)
     pair, settings = (found.transformer, found.tokenizer), {name: cfg[name] for name in SETTINGS}
     plan = make_plan(*pair, cfg.classes, cfg.precision, settings)
@@ -74,12 +88,14 @@ def sample(cfg: DictConfig, out: Path) -> None:
         about = eyes and describe(cfg, samples, drawer, found.weights)
         if processes.is_first:  # up to here nothing was written
             held.enter_context(locked(out, "out_dir"))
+            samples.check()
             export(networks, asked)
             record_composition(cfg, out)
             if replaced := samples.begin():
                 print(replaced)
         left = processes.tell(lambda: samples.jobs(cfg.batch_size, is_scored(samples, about)))
-        fill(samples, left, drawer, processes.rank, processes.size)
+        stop = functools.partial(stop_if_traced, out)
+        fill(samples, left, drawer, processes.rank, processes.size, stop)
         processes.part()
         if not processes.is_first:
             return
@@ -100,6 +116,7 @@ def check_choices(cfg: DictConfig) -> torch.device:
     check_processes(device, cfg.devices, cfg.num_nodes)
     check_tasks(cfg.devices, cfg.num_nodes)
     check_sweep(cfg.devices * cfg.num_nodes)
+    check_meeting_point(cfg.devices * cfg.num_nodes)
     for key in ("png", "npz", "evaluate"):
         if type(cfg[key]) is not bool:
             raise ValueError(f"{key}: expected true or false, got {cfg[key]!r} ({key}=...)")
@@ -110,6 +127,15 @@ def check_choices(cfg: DictConfig) -> torch.device:
         key = "evaluation.num_samples_per_scale"
         raise ValueError(f"{key}: expected 0, or a whole number >= 2, got {number!r}")
     return device
+
+
+def check_place(out: Path) -> None:
+    """Raise ValueError for a folder in which train.py was run, whose record would be replaced."""
+    if is_run(out):
+        raise ValueError(
+            f"out_dir: {str(out)!r} is the run folder of a training, whose record would be "
+            f"replaced; choose another folder (out_dir=...), such as one within it"
+        )
 
 
 def choose_networks(cfg: DictConfig) -> Found:
@@ -277,12 +303,14 @@ def score(
 @hydra.main(version_base=None, config_path="conf", config_name="sample")
 @report_errors
 def main(cfg: DictConfig) -> None:
+    out = Path(HydraConfig.get().runtime.output_dir)
     try:
         with interruption.heeded():
-            sample(cfg, Path(HydraConfig.get().runtime.output_dir))
+            forget_trace(out)
+            sample(cfg, out)
     except Interrupted as stop:  # every file is whole or not there
         requeue(stop)
-        leave(stop)
+        leave(stop, out)
 
 
 if __name__ == "__main__":

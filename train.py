@@ -17,6 +17,7 @@ import difflib
 import functools
 import re
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from var_exp.cli import (
     check_sweep,
+    command_to_resume,
     launch,
     parts_from_files,
     point_latest,
@@ -35,17 +37,19 @@ from var_exp.cli import (
     record_composition,
     recorded,
     report_errors,
+    shown_path,
     summary,
     without_parts,
     write_metrics,
 )
 from var_exp.continuation import changed_code, check_changes, is_begun_anew, mark_begun_anew
-from var_exp.data import ImageSource
+from var_exp.data import ImageDataModule, ImageSource
 from var_exp.environment import environment
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.evaluation.report import write_report
 from var_exp.lock import locked
 from var_exp.preflight import Job, preflight
+from var_exp.processes import check_meeting_point
 from var_exp.slurm import requeue
 from var_exp.training.fit import check_share, check_stage, fit_stage, quiet
 from var_exp.training.saving import forget, newest_path
@@ -79,6 +83,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     with quiet():
         trainer = make_trainer(cfg)(logger=False)
     check_sweep(trainer.num_devices * trainer.num_nodes)
+    check_meeting_point(trainer.num_devices * trainer.num_nodes)
     for stage, module in modules.items():
         check_stage(module, run_dir, **course(cfg, stage, data.source))
         check_share(stage, cfg.model[stage].batch_size, trainer)
@@ -90,6 +95,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         record_composition(cfg, run_dir)
         point_latest(Path(cfg.runs_dir), run_dir)
 
+        print(outline(cfg, modules, data, run_dir), flush=True)
     metrics = read_metrics(run_dir / "metrics.json")  # of a stage that was run here before
     for stage, module in modules.items():
         fitted = fit(cfg, module, data, evaluator, run_dir)
@@ -103,6 +109,19 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         print(summary(cfg.name, metrics, run_dir, cfg.expected))
         report_bad_images(data.source)
     return metrics.figures
+
+
+def outline(
+    cfg: DictConfig, modules: Mapping[str, StageModule], data: ImageDataModule, run_dir: Path
+) -> str:
+    """What is going to be trained, and where it goes, in one line."""
+    stages = []
+    for stage in modules:
+        lengths = course(cfg, stage, data.source)
+        stages.append(
+            f"{stage} ({lengths['num_batches']:,} batches of {lengths['batch_size']} images)"
+        )
+    return f"{cfg.name}: {', then '.join(stages)}, into {shown_path(run_dir)}"
 
 
 # -- going on ----------------------------------------------------------------------
@@ -202,8 +221,7 @@ def main(cfg: DictConfig) -> float | None:
             metrics = train(cfg, run_dir)
     except Interrupted as stop:
         requeue(stop)
-        without = " without resume=never" if cfg.resume == "never" else ""
-        leave(stop, run_dir, f"the same command{without}")
+        leave(stop, run_dir, f"to go on: {command_to_resume(run_dir)}")
     if cfg.objective and cfg.objective not in metrics:
         raise ValueError(
             f"objective: expected a figure of metrics.json, such as "

@@ -63,13 +63,17 @@ class Program:
 
     def children(self) -> list[int]:
         """Processes of the same program that this one started."""
-        pid = self.process.pid
-        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [int(c) for c in found if "train.py" in Path(f"/proc/{c}/cmdline").read_text()]
+        return children(self.process.pid, "train.py")
 
     def resident_bytes(self) -> int:
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def children(pid: int, program: str) -> list[int]:
+    """Processes of a program that a process has started."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(c) for c in found if program in Path(f"/proc/{c}/cmdline").read_text()]
 
 
 def is_in(mask: str, pid: int, number: int) -> bool:

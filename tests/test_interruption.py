@@ -1,6 +1,8 @@
 """A run that is told to stop stops in order, says so, and goes on as if nothing had happened."""
 
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -189,7 +191,8 @@ def test_a_signal_at_any_time_ends_the_program_with_85_and_it_goes_on_exactly(
     program.process.send_signal(number)
     code, said = program.end()
     assert code == RESUMABLE, said
-    assert f"stopped by {number.name}; the same command goes on" in said
+    assert f"stopped by {number.name}; to go on: python train.py " in said
+    assert " run_dir=run\n" in said
     assert "Traceback" not in said
     code, said = Program(tmp_path, *LONG).end()
     assert code == 0, said
@@ -244,6 +247,21 @@ def test_where_one_process_dies_the_others_stop_and_the_run_goes_on(victim, whol
     code, said = Program(tmp_path, *LONG, *TWO).end()
     assert code == 0, said
     assert_like(tmp_path / "run", whole / "two" / "run")
+
+
+def test_two_processes_train_on_while_nothing_can_be_saved_and_say_so_once(whole, tmp_path):
+    program = Program(tmp_path, *LONG, *TWO)
+    program.wait_for("tokenizer: batch [1-9]")
+    pid, (soft, hard) = program.process.pid, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (50_000, hard))  # checkpoints are larger
+    program.wait_for("tokenizer: batch 2[1-9]")
+    assert not list((tmp_path / "run" / "tokenizer").glob("*.ckpt"))
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
+    code, said = program.end()
+    assert code == 0, said
+    assert len(re.findall("checkpoint: .* could not be written", said)) == 1, said
+    for stage in ("tokenizer", "var"):
+        assert_equal(weights(tmp_path / "run", stage), weights(whole / "two" / "run", stage))
 
 
 # -- what changed meanwhile -----------------------------------------------------------------

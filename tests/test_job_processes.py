@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from command import ROOT, run
+from programs import children
 from sample_sets import draw, left_in
 
 # In 13 batches, which two processes cannot share evenly, the last of them smaller.
@@ -88,6 +89,22 @@ def test_a_set_whose_process_is_told_to_stop_says_that_it_goes_on(whole, start, 
     code, said = end(process)
     assert code == 85 and "stopped by SIGTERM; the same command goes on" in said
     assert draw(trained, tmp_path / "out", *SCORED) == whole
+
+
+@pytest.mark.parametrize("told", ["the first", "the other"])
+def test_two_processes_of_which_one_is_told_to_stop_end_with_85_and_go_on(
+    told, whole, start, tmp_path
+):
+    process = start(*TWO)
+    wait_for(process, tmp_path / "out", "000003.png")
+    (child,) = children(process.pid, "sample.py")
+    os.kill({"the first": process.pid, "the other": child}[told], signal.SIGTERM)
+    code, said = end(process)
+    assert code == 85 and "stopped by SIGTERM; the same command goes on" in said, said
+    assert "Traceback" not in said and "metrics.json" not in left_in(tmp_path / "out")
+    code, said = end(start(*TWO))
+    assert code == 0, said
+    assert_same(left_in(tmp_path / "out"), whole)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ That they train alike is in test_sharding.py.
 
 import functools
 import os
+import socket
 from pathlib import Path
 
 import lightning as L
@@ -16,7 +17,7 @@ from command import composed
 from command import run as command
 from stages import PATCH_NUMS, run
 from together import together
-from var_exp.cli import speaks
+from var_exp.cli import is_of_another_process, leave_with_the_others, speaks
 from var_exp.evaluation.classifier import train_classifier
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.processes import START, agree_on_start, given_by_torchrun
@@ -121,6 +122,20 @@ def test_one_process_of_each_machine_says_what_is_wrong(environment, said, launc
     assert speaks() == said
 
 
+@pytest.mark.parametrize("started_by", ["train.py", "hand"])
+def test_a_port_in_use_is_refused_before_other_processes_wait_there(started_by, launched, tmp_path):
+    by_hand = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2} if started_by == "hand" else {}
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        launched(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **by_hand)
+        two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+        done = command("train", *two, f"run_dir={tmp_path / 'run'}")
+    (line,) = done.errors
+    assert f"MASTER_PORT: the processes cannot meet at port {port}" in line and done.code == 1
+
+
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
 def test_a_batch_that_processes_cannot_share_is_refused_before_training(trainer, tmp_path):
     here = ["trainer.accelerator=cpu", "trainer.devices=3", "trainer.num_nodes=2"]
@@ -130,3 +145,15 @@ def test_a_batch_that_processes_cannot_share_is_refused_before_training(trainer,
     assert "model.var: the global batch of 16 images does not divide by 6 processes" in line
     assert "3 devices x 2 machines" in line and done.code == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_what_was_seen_of_the_end_of_another_process_is_told(tmp_path, capsys):
+    try:
+        try:
+            raise ValueError("the true cause")
+        except ValueError as cause:
+            raise RuntimeError("gloo: Connection closed by peer") from cause
+    except RuntimeError as error:
+        assert is_of_another_process(error)
+        assert leave_with_the_others(tmp_path, error) == 1
+    assert "(seen here: ValueError: the true cause)" in capsys.readouterr().err

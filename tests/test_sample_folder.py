@@ -65,16 +65,47 @@ def test_the_program_prints_the_line(trained, tmp_path):
     assert left_in(tmp_path / "a") == draw(trained, tmp_path / "b", "num_samples=10", "seed=2")
 
 
-@pytest.mark.parametrize("content", [None, b"", b"null", b'{"plan": [1], "num_samples": 5}'])
-def test_samples_without_a_plan_that_reads_are_replaced(content, drawer, expected, tmp_path):
+@pytest.mark.parametrize("content", [b"", b"null", b'{"plan": [1], "num_samples": 5}'])
+def test_samples_whose_plan_is_damaged_are_replaced(content, drawer, expected, tmp_path):
     complete(SampleSet(tmp_path, drawer.plan, 5), drawer)
-    if content is None:
-        (tmp_path / "plan.json").unlink()
-    else:
-        (tmp_path / "plan.json").write_bytes(content)
+    (tmp_path / "plan.json").write_bytes(content)
     said, drawn = complete(SampleSet(tmp_path, drawer.plan, 5), drawer)
     assert said.endswith("drawn in a way that is not recorded") and drawn == list(range(5))
     assert files(tmp_path) == expected
+
+
+@pytest.mark.parametrize("name", ["000021.png", "samples.npz", "grid.png"])
+def test_files_that_were_not_drawn_here_are_refused_and_stay(name, trained, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"mine")
+    done = run("sample", f"ckpt={trained}", f"out_dir={tmp_path}/out", "num_samples=2")
+    (line,) = done.errors
+    assert done.code == 1 and f"holds {name}, but no plan.json" in line and "out_dir=..." in line
+    assert files(tmp_path / "out") == {name: b"mine"}
+
+
+def test_the_run_folder_of_a_training_is_refused_and_stays(copied, tmp_path):
+    before = files(copied)
+    done = run("sample", f"ckpt={copied}", f"out_dir={copied}", "num_samples=2")
+    (line,) = done.errors
+    assert done.code == 1 and "the run folder of a training" in line
+    assert files(copied) == before
+
+
+@pytest.mark.parametrize("content", [b"", b'{"sample/fid": 1.', b"null", b"\xff"])
+def test_damaged_figures_are_named_before_anything_is_drawn(content, trained, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.json").write_bytes(content)
+    options = [f"ckpt={trained}", f"out_dir={tmp_path}/out", "num_samples=2"]
+    done = run("sample", *options)
+    (line,) = done.errors
+    assert done.code == 1 and line.endswith(
+        f"{tmp_path}/out/metrics.json is damaged; delete it, and the same command measures its own "
+        f"figures again"
+    )
+    assert files(tmp_path / "out") == {"metrics.json": content}
+    (tmp_path / "out" / "metrics.json").unlink()
+    assert run("sample", *options).code == 0
 
 
 @pytest.mark.parametrize("then", ["the new plan", "the earlier plan"])

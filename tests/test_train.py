@@ -137,7 +137,9 @@ def test_wandb_keeps_a_run_of_each_stage_offline(trained):
 
 def test_a_run_ends_with_a_table_of_what_it_reached_and_where(finished, trained):
     _, done = finished
-    shown = dict(line.rsplit(maxsplit=1) for line in done.out.splitlines()[2:])
+    begun, _, _, *rows = done.out.splitlines()
+    assert begun.startswith("digits: tokenizer (4 batches of") and trained.name in begun
+    shown = dict(line.rsplit(maxsplit=1) for line in rows)
     for name in ("tokenizer/psnr", "var/loss", "var/class_accuracy_classifier", "var/seconds"):
         assert float(shown[name]) == pytest.approx(figures(trained)[name], rel=1e-3)
     assert any(str(trained.name) in line for line in done.out.splitlines()[-3:])

@@ -5,6 +5,7 @@ import difflib
 import functools
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,8 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from var_exp.environment import environment
-from var_exp.files import replacing
+from var_exp.files import read_figures, replacing
 from var_exp.interruption import RESUMABLE, TRACE
+from var_exp.options import check_types
 from var_exp.processes import agree_on_start
 from var_exp.ranks import is_distributed
 from var_exp.slurm import SUBMIT, check_submission
@@ -32,6 +34,12 @@ SHOWN = (  # how keys of figures begin that say most
     *("precision", "recall", "seconds"),
 )
 PROTOCOL = "protocol"  # the key of metrics.json that is no figure
+WRONG_ARGUMENTS = ("unexpected keyword argument", "required positional argument")
+FULL_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+OUT_OF_MEMORY = (
+    "memory is full; take a smaller batch_size, model.<stage>.module.micro_batch or network: "
+    "check=true says what a run takes"
+)
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
@@ -67,7 +75,7 @@ def nearest_keys(config_name: str, arguments: list[str]) -> list[str]:
     with initialize_config_dir(str(CONF), version_base=None):
         try:
             config = compose(config_name, overrides=choices)
-        except HydraException:  # a choice that does not exist, of which Hydra tells
+        except Exception:  # a choice that does not exist, or no name at all: Hydra tells of it
             config = compose(config_name)
     known = groups | set(_flatten(OmegaConf.to_container(config, resolve=False)))
     hints = []
@@ -93,27 +101,41 @@ def _flatten(tree: Mapping, prefix: str = "") -> list[str]:
 def report_errors(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], object]:
     """Turn a user's mistake into one line and exit code 1, and leave no empty run folder.
 
-    Mistakes are ValueErrors, and arguments that no constructor knows (`+key=value`). The whole
+    Mistakes are ValueErrors, arguments that no constructor knows (`+key=value`) or that one lacks
+    (`~key`), what Lightning's Trainer refuses, and networks that memory does not hold. The whole
     traceback comes with HYDRA_FULL_ERROR=1.
     """
 
     @functools.wraps(function)
     def wrapped(config: DictConfig) -> object:
         try:
+            check_types(config)
             return function(config)
-        except (ValueError, TypeError, HydraException, OmegaConfBaseException) as error:
-            unknown = "unexpected keyword argument" in str(error)
-            ours = not isinstance(error, TypeError) or unknown
-            if os.environ.get("HYDRA_FULL_ERROR") == "1" or not ours:
+        except Exception as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
-            remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
-            sys.exit(f"error: {first_cause(error)}" if speaks() else 1)
-        except RuntimeError as error:
-            if not is_of_another_process(error) or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            run_dir = Path(HydraConfig.get().runtime.output_dir)
+            if told := mistake(error):
+                remove_if_empty(run_dir)
+                sys.exit(f"error: {told}" if speaks() else 1)
+            if not isinstance(error, RuntimeError) or not is_of_another_process(error):
                 raise
-            sys.exit(leave_with_the_others(Path(HydraConfig.get().runtime.output_dir)))
+            sys.exit(leave_with_the_others(run_dir, error))
 
     return wrapped
+
+
+def mistake(error: Exception) -> str | None:
+    """What a user reads of an exception, in one line; None for one that is no user's mistake."""
+    told = first_cause(error)
+    if isinstance(error, MemoryError) or any(words in told for words in FULL_MEMORY):
+        return f"{OUT_OF_MEMORY} ({told})"
+    if isinstance(error, ValueError | HydraException | OmegaConfBaseException):
+        return told
+    if isinstance(error, TypeError) and any(words in told for words in WRONG_ARGUMENTS):
+        return told
+    # Lightning's, for arguments of its Trainer; only training may import it.
+    return f"trainer: {told}" if type(error).__name__ == "MisconfigurationException" else None
 
 
 def speaks() -> bool:
@@ -132,11 +154,17 @@ def is_of_another_process(error: RuntimeError) -> bool:
     return any(name in told for name in ("gloo", "NCCL", "Connection closed by peer"))
 
 
-def leave_with_the_others(run_dir: Path) -> int:
-    """Say that another process of the run has ended; the exit code, by what ended it."""
+def leave_with_the_others(run_dir: Path, error: BaseException) -> int:
+    """Say that another process of the run has ended; the exit code, by what ended it.
+
+    What was seen of it is said too: it may be a failure of this process, or of the network.
+    """
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    seen = next(iter(str(error).splitlines()), "")
     print(
-        "error: another process of this run has ended, which says why where it printed; what was "
-        "saved is whole, the same command goes on",
+        f"error: another process of this run has ended, which says why where it printed; what was "
+        f"saved is whole, the same command goes on (seen here: {type(error).__name__}: {seen})",
         file=sys.stderr,
         flush=True,
     )
@@ -169,6 +197,18 @@ def check_sweep(num_processes: int) -> None:
             f"devices: expected 1 with --multirun, whose points are run by this process, got "
             f"{num_processes}; run them one by one, or as jobs (hydra/launcher=slurm)"
         )
+
+
+def command_to_resume(run_dir: Path) -> str:
+    """What goes on with a run when it is typed: its folder by name, or it would get a new one."""
+    given = HydraConfig.get().overrides.task
+    kept = [o for o in given if not o.lstrip("+").startswith(("run_dir=", "resume=never"))]
+    return shlex.join(["python", Path(sys.argv[0]).name, *kept, f"run_dir={shown_path(run_dir)}"])
+
+
+def shown_path(path: Path) -> str:
+    """A path as a person here would type it."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def remove_if_empty(run_dir: Path) -> None:
@@ -235,8 +275,12 @@ class Metrics(NamedTuple):
 
 
 def read_metrics(path: Path) -> Metrics:
-    """The figures of a run folder so far; none where nothing was written yet."""
-    content = json.loads(path.read_text()) if path.exists() else {}
+    """The figures of a run folder so far; none where nothing was written yet.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    content = read_figures(path)
     return Metrics({k: v for k, v in content.items() if k != PROTOCOL}, content.get(PROTOCOL, {}))
 
 

@@ -1,6 +1,7 @@
 """Files that are whole or not there, that verify themselves, and are read without running them."""
 
 import hashlib
+import json
 import os
 import warnings
 import zipfile
@@ -88,6 +89,22 @@ def check_seal(path: str | os.PathLike) -> None:
 
 
 # -- reading --------------------------------------------------------------------------------
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    """The content of a metrics.json; empty where there is no such file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError):  # no JSON, no text, or no object
+        raise ValueError(
+            f"{path} is damaged; delete it, and the same command measures its own figures again"
+        ) from None
 
 
 def read_tensors(path: str | os.PathLike, mapped: bool = False) -> Any:

@@ -95,9 +95,12 @@ class Interruption:
 
 
 def leave(
-    stop: Interrupted, run_dir: Path | None = None, command: str = "the same command"
+    stop: Interrupted, run_dir: Path | None = None, goes_on: str = "the same command goes on"
 ) -> None:
-    """End this process, and let the other processes of the run know why; `command` goes on.
+    """End this process, and let the other processes of the run know why.
+
+    Args:
+        goes_on: what to do to go on, in words.
 
     Of several processes the first one says 85. The others end with 0: whoever started them, this
     program, torchrun or srun, may end the first one at once for the failure of another.
@@ -107,14 +110,20 @@ def leave(
             (run_dir / TRACE).write_text(f"{stop}\n")
     if not is_started_first():
         sys.exit(0)
-    how = "" if stop.saved else " from the last checkpoint: what came after could not be saved"
-    print(f"stopped by {stop}; {command} goes on{how}", file=sys.stderr, flush=True)
+    lost = "" if stop.saved else "; what came after the last checkpoint could not be saved"
+    print(f"stopped by {stop}{lost}; {goes_on}", file=sys.stderr, flush=True)
     raise stop
 
 
 def forget_trace(run_dir: Path) -> None:
     """Called when a run starts or goes on."""
     (run_dir / TRACE).unlink(missing_ok=True)
+
+
+def stop_if_traced(run_dir: Path) -> None:
+    """Raise Interrupted if another process of this start was, where they seldom meet."""
+    with contextlib.suppress(FileNotFoundError):
+        raise Interrupted(signal.Signals[(run_dir / TRACE).read_text().strip()])
 
 
 def is_started_first() -> bool:

@@ -5,6 +5,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from var_exp.interruption import is_interactive
+from var_exp.interruption import is_interactive, is_started_first
 
 
 class Processes(NamedTuple):
@@ -140,6 +141,26 @@ def is_started_again() -> bool:
     """Whether torchrun or Slurm has started this job before."""
     counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
     return any(int(os.environ.get(count, 0)) for count in counts)
+
+
+def check_meeting_point(num_processes: int) -> None:
+    """Raise ValueError where several processes are to meet at a port that another program uses.
+
+    Found by the first one, before it starts others, which would wait at that port.
+    """
+    port = os.environ.get("MASTER_PORT")
+    alone = num_processes == 1 or not is_started_first() or dist.is_torchelastic_launched()
+    if alone or port is None:
+        return
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(("", int(port)))
+        except OSError as error:
+            raise ValueError(
+                f"MASTER_PORT: the processes cannot meet at port {port} ({error.strerror}); give "
+                f"all of them another one (MASTER_PORT=...)"
+            ) from None
 
 
 def check_tasks(devices: int | str, num_nodes: int) -> None:

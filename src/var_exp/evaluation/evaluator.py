@@ -36,8 +36,8 @@ PRECISION = "32-true"  # of all networks while they are measured here
 class Evaluator(Drawing):
     """Scores and pictures of models of one source of images.
 
-    `on_batch` is called after each batch of what is scored, by all processes equally often: who
-    waits for the end of a long evaluation may end it there.
+    `on_batch` is called after each batch of what is scored, or read as a reference, by all
+    processes equally often: who waits for the end of a long evaluation may end it there.
 
     Args:
         source: a `var_exp.data.ImageSource` that has been set up.
@@ -233,8 +233,9 @@ class Evaluator(Drawing):
     def _read(self, part: str, limit: int | None, device: torch.device) -> Reference:
         self.network.to(device)
         if (part, limit) not in self._references:
+            how = self.batch_size, self.cache, device, self.on_batch
             self._references[part, limit] = reference_of(
-                self.network, self.source, part, limit, self.batch_size, self.cache, device
+                self.network, self.source, part, limit, *how
             )
         return self._references[part, limit]
 

@@ -45,6 +45,7 @@ def features_of(
     count: int,
     batch_size: int,
     device: torch.device,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Features (N, F) of images 0 to count - 1, on the CPU; all processes must call.
 
@@ -54,17 +55,22 @@ def features_of(
     Args:
         load: ascending numbers of images -> those images (B, C, H, W), as `network` takes them.
         device: where the network computes, and stays.
+        on_batch: called after batches, by all processes equally often.
 
     Raises:
         ValueError: features that are no numbers.
     """
     network.to(device)
     bank = FeatureBank().to(device)
-    starts = range(0, count, batch_size)[rank() :: world_size()]
+    batches = range(0, count, batch_size)
+    starts, common = batches[rank() :: world_size()], len(batches) // world_size()
     hidden = None if is_first() else True  # None: where there is no terminal
-    for start in tqdm(starts, desc="reading the reference", leave=False, disable=hidden):
+    bar = tqdm(starts, desc="reading the reference", leave=False, disable=hidden)
+    for batch, start in enumerate(bar):
         ids = torch.arange(start, min(start + batch_size, count))
         bank.update(Features(network(load(ids.tolist())).features, None), ids)
+        if batch < common:
+            on_batch()
     features = bank.compute().features
     if not features.isfinite().all():
         raise ValueError(

@@ -9,6 +9,7 @@ on, so that a file of other images, or of another network, is never taken for it
 import hashlib
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def reference_of(
     batch_size: int = 100,
     cache: str | Path | None = None,
     device: torch.device | None = None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Reference:
     """The reference of a source's images, from the cache where it was made before.
 
@@ -63,6 +65,7 @@ def reference_of(
         batch_size: images that the network sees at once.
         cache: a folder; a file in it that is damaged is made anew. None keeps nothing.
         device: where the network computes, and stays; None for where it is.
+        on_batch: see `features_of`.
 
     Raises:
         ValueError: no images, a limit below 1, or features that are no numbers.
@@ -92,7 +95,7 @@ def reference_of(
         images = [source.val_transform(dataset[chosen[i]][0]) for i in numbers]
         return torch.stack(images).add(1).div(2)  # (B, C, H, W)
 
-    features = features_of(network, load, len(chosen), batch_size, device)
+    features = features_of(network, load, len(chosen), batch_size, device, on_batch)
     found = Reference(*statistics_of(features), len(chosen), features, chosen, about)
     if path is not None:
         _keep(found, path)

@@ -5,7 +5,7 @@ n samples of a batch, K scales
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -106,14 +106,26 @@ class Drawer(NamedTuple):
         return [classes[i % len(classes)] for i in ids]
 
 
-def fill(samples: SampleSet, jobs: list[Job], drawer: Drawer, rank: int, size: int) -> None:
-    """Do every size-th job from the rank-th; the first process shows how far all have come."""
+def fill(
+    samples: SampleSet,
+    jobs: list[Job],
+    drawer: Drawer,
+    rank: int,
+    size: int,
+    on_batch: Callable[[], None] = lambda: None,
+) -> None:
+    """Do every size-th job from the rank-th; the first process shows how far all have come.
+
+    Args:
+        on_batch: called before each job; it may end the work.
+    """
     num_left = sum(len(job.ids) for job in jobs)
     done = {"initial": samples.num_samples - num_left, "total": samples.num_samples}
     hidden = True if rank else None  # None: shown on a terminal
     with tqdm(desc="sampling", unit="image", disable=hidden, **done) as bar:
         for start in range(0, len(jobs), size):
             together = jobs[start : start + size]
+            on_batch()
             for job in together[rank : rank + 1]:
                 samples.fill(job, drawer.draw, drawer.see)
             bar.update(sum(len(job.ids) for job in together))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from var_exp.evaluation import npz
 from var_exp.evaluation.npz import NpzError
-from var_exp.files import replacing
+from var_exp.files import read_figures, replacing
 
 PNG_END = b"IEND\xaeB`\x82"  # the last bytes of every PNG file
 
@@ -166,10 +166,14 @@ class Parts:
 
 
 def forget_scores(path: Path) -> None:
-    """Take the figures of samples out of a metrics.json; those of other stages stay."""
-    if not path.exists():
+    """Take the figures of samples out of a metrics.json; those of other stages stay.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    metrics = read_figures(path)
+    if not metrics:
         return
-    metrics = json.loads(path.read_text())
     kept = {key: value for key, value in metrics.items() if not key.startswith("sample/")}
     kept["protocol"] = {k: v for k, v in metrics.get("protocol", {}).items() if k != "sample"}
     if not kept["protocol"]:

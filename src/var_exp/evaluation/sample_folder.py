@@ -30,7 +30,7 @@ from var_exp.evaluation.sample_files import (
     open_npz,
     read_png,
 )
-from var_exp.files import replacing
+from var_exp.files import read_figures, replacing
 
 THREADS = min(8, os.cpu_count() or 1)  # that write and read PNG files
 NUMBERED = re.compile(r"(\d{6,})\.png")
@@ -58,13 +58,29 @@ class SampleFolder:
 
     # -- whose it is ----------------------------------------------------------------------
 
+    def check(self) -> None:
+        """Raise ValueError where there are files that `begin` would take for samples of ours."""
+        others = [path for path in (self.npz, self.grid, self.strip) if path.exists()]
+        others += self.numbered().values() if self.folder.exists() else []
+        if others and not self.plan_file.exists():
+            raise ValueError(
+                f"out_dir: {str(self.folder)!r} holds {others[0].name}, but no plan.json that says "
+                f"it was drawn here, and it would be replaced; choose another folder "
+                f"(out_dir=...), or move it away"
+            )
+        read_figures(self.folder / "metrics.json")  # or it would show when samples are drawn
+
     def begin(self) -> str | None:
         """Make the folder one of this plan, keeping what belongs to it.
 
         Returns:
             A line for the user where samples of another plan were there, which are deleted.
+
+        Raises:
+            ValueError: see `check`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.check()
         for path in self.folder.iterdir():
             if BESIDE.fullmatch(path.name):  # of a process that was killed
                 path.unlink()

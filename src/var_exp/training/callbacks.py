@@ -23,7 +23,8 @@ from var_exp.training.var_module import VARModule
 class EvaluationCallback(Callback):
     """Base: calls `evaluate` after each validation, or every n batches or epochs of training.
 
-    On all processes, since scores are shared work; pictures are of the first.
+    On all processes, since scores are shared work; pictures are of the first. One that an
+    interruption cut off, or left no time for, is made up for when the stage goes on.
 
     Args:
         evaluator: of the run.
@@ -47,19 +48,49 @@ class EvaluationCallback(Callback):
             )
         self.evaluator = evaluator
         self.every_n_batches, self.every_n_epochs = every_n_batches, every_n_epochs
+        self.evaluated_at = 0  # batches done then
+
+    @property
+    def state_key(self) -> str:
+        every = {"every_n_batches": self.every_n_batches, "every_n_epochs": self.every_n_epochs}
+        return self._generate_state_key(**every)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"evaluated_at": self.evaluated_at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.evaluated_at = state["evaluated_at"]
+
+    def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
+        self.evaluate_at_interval(trainer, module)  # one that was left over
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: StageModule, *_) -> None:
+        trainer.checkpoint_callback.note_due(trainer)
+        self.evaluate_at_interval(trainer, module)
 
     def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
         if trainer.state.fn == "fit" and self.interval(trainer) is None:
-            # The whole validation is made up for after an interruption.
-            self.evaluator.on_batch = lambda: trainer.checkpoint_callback.stop_if_asked(trainer)
-            self.evaluate(trainer, module)
-            self.evaluator.on_batch = lambda: None
+            self.evaluate_once(trainer, module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: StageModule, *_) -> None:
+    def evaluate_at_interval(self, trainer: L.Trainer, module: StageModule) -> None:
         interval = self.interval(trainer)
         if interval is not None and (step(trainer) + 1) % interval == 0:
-            with module.whole():
-                self.evaluate(trainer, module)
+            self.evaluate_once(trainer, module)
+
+    def evaluate_once(self, trainer: L.Trainer, module: StageModule) -> None:
+        """Evaluate, unless it was done before an interruption; end where one is asked for."""
+        if self.evaluated_at == step(trainer) + 1:
+            return
+
+        def stop_if_asked() -> None:
+            trainer.checkpoint_callback.stop_if_asked(trainer)
+
+        stop_if_asked()  # pictures do not look at signals
+        self.evaluator.on_batch = stop_if_asked
+        with module.whole():
+            self.evaluate(trainer, module)
+        self.evaluator.on_batch = lambda: None
+        self.evaluated_at = step(trainer) + 1
 
     def interval(self, trainer: L.Trainer) -> int | None:
         """In batches."""
@@ -134,10 +165,12 @@ class Scores(EvaluationCallback):
         self.num_images, self.both_weights = num_images, both_weights
 
     def evaluate(self, trainer: L.Trainer, module: StageModule) -> None:
+        figures = {}  # of both, or an interruption between them would log the first ones twice
         for suffix, network in module.both.items():
             if suffix == "" or self.both_weights:
                 found = self.score(network, module)
-                log_figures(trainer, {f"{name}{suffix}": value for name, value in found.items()})
+                figures |= {f"{name}{suffix}": value for name, value in found.items()}
+        log_figures(trainer, figures)
 
     def score(self, network: nn.Module, module: StageModule) -> dict[str, float]:
         raise NotImplementedError

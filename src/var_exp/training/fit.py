@@ -39,6 +39,7 @@ UNFIT_ADVICE = (
     "is smaller than the logging interval",
     "your dataloader is not resumable",  # its batches are a function of their number
     "`srun` command is available",  # whoever has Slurm may also train without it
+    "callbacks used to create the checkpoint",  # what is looked at may change
     "FSDP2-wrapped module",  # nobody changes what a sharded module returns
 )
 
@@ -170,6 +171,7 @@ def check_stage(
             f"{save_every}"
         )
     module.check_length(num_batches)
+    module.check_optimizers()
     found = earlier(run_dir, module.stage, resume)
     if found is None:
         return None

@@ -93,7 +93,7 @@ class Checkpoints(Checkpoint):
         self.best: float | None = None  # the figure of best.ckpt
         self.best_batch = 0
         self.validation_due = False
-        self.loops: dict[str, Any] = {}  # Lightning's, as they are before the validation is run
+        self.loops: dict[str, Any] = {}  # Lightning's after the last batch, where others followed
 
     def state_dict(self) -> dict[str, Any]:
         names = ("best", "best_batch", "validation_due")
@@ -113,7 +113,7 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self.validation_due:
+        if self.loops:
             checkpoint["loops"]["fit_loop"] = self.loops
 
     # -- when ---------------------------------------------------------------------------------
@@ -126,13 +126,16 @@ class Checkpoints(Checkpoint):
             trainer.should_stop = True  # or Lightning would begin another epoch
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        done = batches_done(trainer)
-        self.validation_due = done % trainer.val_check_batch == 0
-        if self.validation_due:
-            self.loops = copy.deepcopy(trainer.fit_loop.state_dict())
+        self.note_due(trainer)
         self.stop_if_asked(trainer)
-        if self.save_every and done % self.save_every == 0 and not self.validation_due:
+        at = self.save_every and batches_done(trainer) % self.save_every == 0
+        if at and not self.validation_due:
             self.save(trainer, LAST)
+
+    def note_due(self, trainer: L.Trainer) -> None:
+        """To be called after a batch, before whatever may be interrupted."""
+        self.validation_due = batches_done(trainer) % trainer.val_check_batch == 0
+        self.loops = copy.deepcopy(trainer.fit_loop.state_dict()) if self.validation_due else {}
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int, *_
@@ -147,7 +150,7 @@ class Checkpoints(Checkpoint):
         if trainer.state.fn != "fit":
             return
         self.stop_if_asked(trainer)
-        self.validation_due = False
+        self.validation_due, self.loops = False, {}
         score, before = trainer.callback_metrics[self.monitor].item(), (self.best, self.best_batch)
         if self.best is None or self.sign * score > self.sign * self.best:
             self.best, self.best_batch = score, batches_done(trainer)

@@ -157,6 +157,16 @@ class StageModule(ShardableModule):
         """That of the network first."""
         return [self.make_optimizer(param_groups(self.network, self.weight_decay.first))]
 
+    def check_optimizers(self) -> None:
+        """Raise ValueError where an optimizer refuses its arguments, which would show late."""
+        try:
+            self.make_optimizers()
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"model.{self.stage}: the optimizer refuses its arguments: {error} "
+                f"(model.{self.stage}.module.optimizer)"
+            ) from None
+
     def on_progress(self, batch: int, num_batches: int) -> None:
         """Called before each batch with its number: set what changes over the stage."""
         self.batch, progress = batch, batch / num_batches

@@ -4,7 +4,7 @@ VAR (arXiv 2404.02905, section 3.2). Optimisation is manual, because the adversa
 a tokenizer is trained with take two optimizers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class TokenizerModule(StageModule):
         tokenizer: VQVAE,
         loss: ReconstructionLoss,
         optimizer: MakeOptimizer,
-        schedule: Any,
+        schedule: Callable[[float], float],
         adversary: Adversary | None = None,
         discriminator_optimizer: MakeOptimizer | None = None,
         freeze: Sequence[str] = (),

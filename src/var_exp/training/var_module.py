@@ -7,7 +7,7 @@ validation.
     B batch, K scales, L tokens, V codes, D code dimension
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +65,7 @@ class VARModule(StageModule):
         transformer: VAR,
         tokenizer: VQVAE,
         optimizer: MakeOptimizer,
-        schedule: Any,
+        schedule: Callable[[float], float],
         label_drop: float = 0.1,
         label_smoothing: float = 0.0,
         scale_weights: Sequence[float] | None = None,

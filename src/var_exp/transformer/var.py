@@ -48,6 +48,9 @@ class Condition(NamedTuple):
     head: tuple[Tensor, ...]
 
 
+MAX_DEPTH = 1000  # blocks: more take minutes to build before memory is found too small
+
+
 @recorded
 class VAR(nn.Module):
     """The next-scale transformer, with the paper's or GPT-2's blocks.
@@ -100,6 +103,10 @@ class VAR(nn.Module):
         super().__init__()
         block_class, head_class = chosen(BLOCKS, "block", block)
         mlp_class, norm_class = chosen(MLPS, "mlp", mlp), chosen(NORMS, "norm", norm)
+        if not 1 <= depth <= MAX_DEPTH:
+            raise ValueError(
+                f"transformer: depth must lie in [1, {MAX_DEPTH}], got {depth} (transformer.depth)"
+            )
         self.schedule = ScaleSchedule(patch_nums)
         self.vocab_size, self.code_dim, self.num_classes = vocab_size, code_dim, num_classes
         self.width = 64 * depth if width is None else width

@@ -1,0 +1,59 @@
+"""A value of another type is refused by its key, in whatever part, before anything is built."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from command import CONF, composed
+from test_bad_input import refused_run
+from var_exp.options import check_types
+
+GROUPS = ("data", "adversary", "tokenizer", "transformer", "trainer", "logger", "evaluation")
+
+
+@pytest.mark.parametrize("choice", [f"{g}={p.stem}" for g in GROUPS for p in (CONF / g).iterdir()])
+def test_every_part_that_is_there_to_choose_has_values_of_its_types(choice):
+    check_types(composed("train", choice))
+
+
+@pytest.mark.parametrize(
+    "key, value, named",
+    [
+        ("model.tokenizer.module.clip", "abc", "expected a number, got 'abc'"),
+        ("model.tokenizer.module.clip", float("nan"), "expected a number, got nan"),
+        ("model.var.batch_size", 1.5, "expected a whole number, got 1.5"),
+        ("model.var.batch_size", True, "expected a whole number, got true"),
+        ("model.var.module.scale_weights", 4, "expected a list or null, got 4"),
+        ("model.var.module.scaling_law", "yes", "expected true or false, got 'yes'"),
+        ("model.var.module.optimizer.betas", [0.9], "expected a list of 2, got [0.9]"),
+        ("model.var.module.progressive", {"first": 2}, "_target_: ...} that gives a Progressive"),
+        ("model.tokenizer.module.loss._target_", "var_exp.data.Digits", "ReconstructionLoss"),
+        ("transformer.depth", None, "expected a whole number, got null"),
+        ("transformer._target_", "var_exp.nowhere", "there is no 'var_exp.nowhere'"),
+        ("callbacks.var.report", 7, "_target_"),
+        ("tokenizer", None, "got null"),
+        ("seed", 10**20, "expected a whole number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_its_key(key, value, named):
+    cfg = OmegaConf.create(OmegaConf.to_container(composed("train")))
+    OmegaConf.update(cfg, key, value, merge=False)
+    with pytest.raises(ValueError) as refused:
+        check_types(cfg)
+    told = str(refused.value)
+    assert told.startswith(key.removesuffix("._target_")) and named in told and "\n" not in told
+
+
+@pytest.mark.parametrize(
+    "override, named",
+    [
+        ("model.var.module.clip=abc", ["model.var.module.clip", "'abc'"]),
+        ("+model.var.module.clp=1", ["model.var.module.clp", "the nearest is 'clip'"]),
+        ("~model.var.module.optimizer", ["'optimizer'"]),
+        ("model.var.module.optimizer.lr=-1", ["model.var.module.optimizer", "-1"]),
+        ("trainer.devices=0", ["trainer: ", "devices=0"]),
+        ("transformer.depth=100000000", ["transformer.depth", "1000"]),
+        ("transformer.width=100000000000", ["memory is full", "batch_size"]),
+    ],
+)
+def test_a_run_that_cannot_begin_says_why_in_one_line(override, named, tmp_path):
+    refused_run(tmp_path, [override], *named)
