@@ -70,7 +70,10 @@ def sample(cfg: DictConfig, out: Path) -> None:
     found = choose_networks(cfg)
     networks = VARPipeline(found.transformer, found.tokenizer, found.class_names)
     asked = {key: cfg[key] for key in EXPORTS if cfg[key] is not None}
-    done = {"checkpoint": found.path} | {EXPORTS[key]: folder for key, folder in asked.items()}
+    early = ", of a stage that was not validated yet" if found.path.name == "last.ckpt" else ""
+    done = {"checkpoint": f"{found.path}{early}"} | {
+        EXPORTS[key]: folder for key, folder in asked.items()
+    }
     if asked and cfg.num_samples == 0:
         export(networks, asked)
         remove_if_empty(out)

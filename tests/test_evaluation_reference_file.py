@@ -150,10 +150,10 @@ def test_images_are_read_one_at_a_time(path):
 
 
 def test_arrays_stored_by_columns_are_read_whole_but_not_by_rows(network, path):
-    given = statistics()
-    np.savez(path, mu=given["mu"], sigma=np.asfortranarray(given["sigma"] + np.eye(6)[0]))
+    given, skew = statistics(), 1e-6 * np.eye(6)[0]  # by which rows and columns differ
+    np.savez(path, mu=given["mu"], sigma=np.asfortranarray(given["sigma"] + skew))
     found = reference_from_file(path, network, SIZE)
-    assert (found.sigma == given["sigma"] + np.eye(6)[0]).all()
+    assert (found.sigma == given["sigma"] + skew).all()
     np.savez(path, arr_0=np.asfortranarray(images()))
     with pytest.raises(ValueError, match="by columns .*ascontiguousarray"):
         reference_from_file(path, network, SIZE)
@@ -251,6 +251,14 @@ def test_ours_of_another_network_size_or_crop_is_refused(about, network, path):
         reference_from_file(path, network, SIZE)
     assert f"was made with {key} = {given}, expected " in str(refused.value)
     assert str(refused.value).startswith(f"evaluation.reference: {path} ")
+
+
+@pytest.mark.parametrize("change", [lambda s: -s, lambda s: s + np.triu(np.ones_like(s))])
+def test_a_sigma_that_is_no_covariance_is_refused(change, network, path):
+    good = statistics()
+    np.savez(path, mu=good["mu"], sigma=change(good["sigma"]))
+    with pytest.raises(ValueError, match="no covariance"):
+        reference_from_file(path, network, SIZE)
 
 
 class Trap:

@@ -130,8 +130,9 @@ class HuggingFace(EncodedSource):
         images = images.cast_column(self.image_column, datasets.Image(decode=False))
 
         def select(numbers: np.ndarray) -> StoredImages:
+            place = f"{self.path}, split {split}"
             return StoredImages(
-                images, self.image_column, labels, numbers, self.channels, self.skips
+                images, place, self.image_column, labels, numbers, self.channels, self.skips
             )
 
         return Part(dataset.features, labels, select)
@@ -217,11 +218,12 @@ class Part(NamedTuple):
 
 
 class StoredImages(EncodedImages):
-    """The rows of a set in Arrow files that have the given numbers."""
+    """The rows of a set in Arrow files that have the given numbers; `place` says which set."""
 
     def __init__(
         self,
         dataset: datasets.Dataset,
+        place: str,
         column: str,
         labels: np.ndarray,
         numbers: np.ndarray,
@@ -229,14 +231,14 @@ class StoredImages(EncodedImages):
         skip: bool,
     ):
         super().__init__(labels[numbers], channels, skip)
-        self.dataset, self.column, self.numbers = dataset, column, numbers
+        self.dataset, self.place, self.column, self.numbers = dataset, place, column, numbers
 
     def read(self, number: int) -> Image.Image:
         image = self.dataset[int(self.numbers[number])][self.column]
         return decode_struct(image, self.name_of(number), self.mode)
 
     def name_of(self, number: int) -> str:
-        return f"row {self.numbers[number]}"
+        return f"{self.place}, row {self.numbers[number]}"
 
 
 def is_saved(path: str) -> bool:

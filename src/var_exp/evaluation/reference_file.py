@@ -171,6 +171,10 @@ def _given(path: Path, num_features: int) -> tuple[np.ndarray, np.ndarray]:
     if not all(x.dtype.kind == "f" and np.isfinite(x).all() for x in (mu, sigma)):
         given = f"has mu and sigma of {mu.dtype} and {sigma.dtype} that are not all finite numbers"
         raise _refusal(path, given, "make it anew")
+    off = np.abs(sigma - sigma.T).max(initial=0.0) > 1e-3 * np.abs(sigma).max(initial=0.0)
+    if off or (np.diagonal(sigma) < 0).any():
+        given = "has a sigma that is no covariance: not symmetric, or with a variance below 0"
+        raise _refusal(path, given, "make it anew")
     return mu.astype(np.float64), sigma.astype(np.float64)
 
 

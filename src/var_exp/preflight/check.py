@@ -49,7 +49,7 @@ def preflight(job: Job) -> Findings:
     return found
 
 
-class ACheckFetchesNothing(OSError):
+class NotFetched(OSError):
     """In the place of a download."""
 
 
@@ -58,7 +58,7 @@ def nothing_fetched() -> Iterator[None]:
     """Within this block torch.hub refuses to download, as where there is no network."""
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise ACheckFetchesNothing
+        raise NotFetched("a check fetches nothing")
 
     before, torch.hub.download_url_to_file = torch.hub.download_url_to_file, refuse
     try:

@@ -37,6 +37,8 @@ class Findings:
         for kind, messages in (("warning", self.warnings), ("error", self.errors)):
             for message in messages:
                 print(f"{kind}: {message}", file=sys.stderr)
-        verdict = f"check: {len(self.errors)} errors, {len(self.warnings)} warnings"
+        counts = {"error": len(self.errors), "warning": len(self.warnings)}
+        said = [f"{count} {kind}{'s' * (count != 1)}" for kind, count in counts.items()]
+        verdict = f"check: {', '.join(said)}"
         print(verdict, flush=True)
         return int(bool(self.errors))

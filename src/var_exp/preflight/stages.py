@@ -69,6 +69,11 @@ def check_stage(
     if course is None:
         return None
     found.attempt(job.check_stage, module, **course)
+    if num_images and course["batch_size"] > num_images:
+        found.warn(
+            f"model.{module.stage}: a batch of {course['batch_size']:,} has some of the "
+            f"{num_images:,} images more than once (model.{module.stage}.batch_size)"
+        )
     if not divides(course["batch_size"], devices, module.stage, found):
         return None
     trained = ready(module)
