@@ -131,7 +131,8 @@ def rewritten(path: Path, draw: random.Random) -> str:
     if change == "gone":
         del node[key]
     elif change == "renamed":
-        node[f"{key}x"] = node.pop(key) if isinstance(node, dict) else value
+        new = f"{key}x" if isinstance(node, dict) else key
+        node[new] = node.pop(key) if isinstance(node, dict) else None
     elif change == "other shape" and isinstance(value, torch.Tensor):
         node[key] = value.new_zeros((*value.shape, 2))
     elif change == "not a number" and isinstance(value, torch.Tensor) and value.is_floating_point():
