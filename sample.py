@@ -119,7 +119,7 @@ def check_choices(cfg: DictConfig) -> torch.device:
     check_processes(device, cfg.devices, cfg.num_nodes)
     check_tasks(cfg.devices, cfg.num_nodes)
     check_sweep(cfg.devices * cfg.num_nodes)
-    check_meeting_point(cfg.devices * cfg.num_nodes)
+    check_meeting_point(cfg.devices * cfg.num_nodes, cfg.num_nodes)
     for key in ("png", "npz", "evaluate"):
         if type(cfg[key]) is not bool:
             raise ValueError(f"{key}: expected true or false, got {cfg[key]!r} ({key}=...)")

@@ -83,10 +83,10 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     with quiet():
         trainer = make_trainer(cfg)(logger=False)
     check_sweep(trainer.num_devices * trainer.num_nodes)
-    check_meeting_point(trainer.num_devices * trainer.num_nodes)
     for stage, module in modules.items():
         check_stage(module, run_dir, **course(cfg, stage, data.source))
         check_share(stage, cfg.model[stage].batch_size, trainer)
+    check_meeting_point(trainer.num_devices * trainer.num_nodes, trainer.num_nodes)
     tell_changes(cfg, run_dir)
     evaluator = make_evaluator(cfg, data.source, run_dir)
     if is_started_first():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from command import composed
+from command import QUICK, composed
 from command import run as command
 from stages import PATCH_NUMS, run
 from together import together
@@ -157,3 +157,19 @@ def test_what_was_seen_of_the_end_of_another_process_is_told(tmp_path, capsys):
         assert is_of_another_process(error)
         assert leave_with_the_others(tmp_path, error) == 1
     assert "(seen here: ValueError: the true cause)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", ["train", "sample"])
+def test_machines_that_nobody_starts_together_do_not_wait_for_each_other(
+    program, trained, tmp_path
+):
+    options = {
+        "train": [*QUICK, f"run_dir={tmp_path}/run", f"runs_dir={tmp_path}", "trainer.num_nodes=2"],
+        "sample": [f"ckpt={trained}", f"out_dir={tmp_path}/out", "num_nodes=2"],
+    }
+    done = command(program, *options[program])
+    (line,) = done.errors
+    assert line.startswith("error: num_nodes: 2 machines have to be started together")
+    assert (
+        done.code == 1 and not list(tmp_path.rglob("*.ckpt")) and not list(tmp_path.glob("out/*"))
+    )

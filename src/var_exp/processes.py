@@ -143,11 +143,19 @@ def is_started_again() -> bool:
     return any(int(os.environ.get(count, 0)) for count in counts)
 
 
-def check_meeting_point(num_processes: int) -> None:
-    """Raise ValueError where several processes are to meet at a port that another program uses.
+def check_meeting_point(num_processes: int, num_nodes: int) -> None:
+    """Raise ValueError where several processes would not find each other.
 
-    Found by the first one, before it starts others, which would wait at that port.
+    Machines that nobody starts together wait for each other without end; so do processes at a
+    port that another program uses. That is found by the first one, before it starts others.
     """
+    started_together = "SLURM_JOB_ID" in os.environ or dist.is_torchelastic_launched()
+    if num_nodes > 1 and not started_together and "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"num_nodes: {num_nodes} machines have to be started together, by srun or torchrun ("
+            f"docs/scale.md), or each with MASTER_ADDR, MASTER_PORT and NODE_RANK in its "
+            f"environment; this one was started alone"
+        )
     port = os.environ.get("MASTER_PORT")
     alone = num_processes == 1 or not is_started_first() or dist.is_torchelastic_launched()
     if alone or port is None:
