@@ -181,7 +181,10 @@ def export(networks: VARPipeline, folders: dict[str, str]) -> None:
         if Path(folder).exists() and not Path(folder).is_dir():
             raise ValueError(f"{key}: expected a folder, {str(folder)!r} is a file")
     if "export_official" in folders:  # first: it may refuse
-        save_official(folders["export_official"], networks.transformer, networks.tokenizer)
+        try:
+            save_official(folders["export_official"], networks.transformer, networks.tokenizer)
+        except ValueError as error:
+            raise ValueError(f"export_official: {error}; export= writes any networks") from None
     if "export" in folders:
         networks.save_pretrained(folders["export"])
 

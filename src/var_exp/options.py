@@ -56,6 +56,7 @@ OWN: dict[str, Any] = {
     },
     "evaluation.num_reconstructions_val": int | None,
     "evaluation.num_reference": int | None,
+    "evaluation.network": Callable,
     "evaluation.both_weights": bool,
     **{f"evaluation.every_n_{unit}": int | None for unit in ("batches", "epochs")},
     **{f"evaluation.{name}": str | None for name in ("weights", "reference", "cache")},

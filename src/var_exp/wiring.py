@@ -65,10 +65,20 @@ def check_objective(cfg: DictConfig) -> None:
         )
 
 
+def check_parts(cfg: DictConfig) -> None:
+    """Raise what callbacks and loggers raise that cannot be made."""
+    for entry in (
+        *cfg.logger.values(),
+        *(c for s in cfg.stages for c in cfg.callbacks[s].values()),
+    ):
+        instantiate(entry)
+
+
 CHOICES = (
     check_stages,
     check_evaluation,
     check_objective,
+    check_parts,
     lambda cfg: check_tasks(cfg.trainer.devices, cfg.trainer.num_nodes),
     lambda cfg: check_precision(cfg.trainer.precision),
     lambda cfg: check_settings(**cfg.sampling, seed=cfg.seed),
