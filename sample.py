@@ -71,9 +71,8 @@ def sample(cfg: DictConfig, out: Path) -> None:
     networks = VARPipeline(found.transformer, found.tokenizer, found.class_names)
     asked = {key: cfg[key] for key in EXPORTS if cfg[key] is not None}
     early = ", of a stage that was not validated yet" if found.path.name == "last.ckpt" else ""
-    done = {"checkpoint": f"{found.path}{early}"} | {
-        EXPORTS[key]: folder for key, folder in asked.items()
-    }
+    done = {"checkpoint": f"{found.path}{early}"}
+    done |= {EXPORTS[key]: folder for key, folder in asked.items()}
     if asked and cfg.num_samples == 0:
         export(networks, asked)
         remove_if_empty(out)
@@ -90,7 +89,7 @@ def sample(cfg: DictConfig, out: Path) -> None:
         samples = make_set(cfg, out, num_samples, drawer)
         about = eyes and describe(cfg, samples, drawer, found.weights)
         if processes.is_first:  # up to here nothing was written
-            held.enter_context(locked(out, "out_dir"))
+            held.enter_context(locked(out, "out_dir=..."))
             samples.check()
             export(networks, asked)
             record_composition(cfg, out)
@@ -120,13 +119,10 @@ def check_choices(cfg: DictConfig) -> torch.device:
     check_tasks(cfg.devices, cfg.num_nodes)
     check_sweep(cfg.devices * cfg.num_nodes)
     check_meeting_point(cfg.devices * cfg.num_nodes, cfg.num_nodes)
-    for key in ("png", "npz", "evaluate"):
-        if type(cfg[key]) is not bool:
-            raise ValueError(f"{key}: expected true or false, got {cfg[key]!r} ({key}=...)")
-    if type(cfg.batch_size) is not int or cfg.batch_size < 1:
+    if cfg.batch_size < 1:
         raise ValueError(f"batch_size: expected a whole number >= 1, got {cfg.batch_size}")
     number = cfg.evaluation.num_samples_per_scale
-    if type(number) is not int or number < 0 or number == 1:  # of one there is no distance
+    if number < 0 or number == 1:  # of one there is no distance
         key = "evaluation.num_samples_per_scale"
         raise ValueError(f"{key}: expected 0, or a whole number >= 2, got {number!r}")
     return device

@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from var_exp.cli import (
     check_sweep,
-    command_to_resume,
+    how_to_go_on,
     launch,
     parts_from_files,
     point_latest,
@@ -221,7 +221,7 @@ def main(cfg: DictConfig) -> float | None:
             metrics = train(cfg, run_dir)
     except Interrupted as stop:
         requeue(stop)
-        leave(stop, run_dir, f"to go on: {command_to_resume(run_dir)}")
+        leave(stop, run_dir, how_to_go_on(run_dir))
     if cfg.objective and cfg.objective not in metrics:
         raise ValueError(
             f"objective: expected a figure of metrics.json, such as "

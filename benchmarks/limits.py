@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from var_exp.training.machine import wait_for
+
 aten = torch.ops.aten
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -32,15 +34,11 @@ class Stopwatch:
         self.device, self.clock = device, clock
 
     def __call__(self, run: Callable[[], Any]) -> float:
-        self._synchronise()
+        wait_for(self.device)
         began = self.clock()
         run()
-        self._synchronise()
+        wait_for(self.device)
         return self.clock() - began
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":  # a CPU has done its work when a call returns
-            torch.cuda.synchronize(self.device)
 
 
 class Limits:
@@ -123,7 +121,11 @@ def fewest_bytes(
 
 
 def counted(run: Callable[[], Any]) -> tuple[int, Any]:
-    """Floating-point operations of one run, and what it returns."""
+    """Floating-point operations of one run, and what it returns.
+
+    Not by the monitor's `FlopCounter`, which is for training steps: in inference mode layers reach
+    it whole, and it would not see the products in them.
+    """
     counter = FlopCounterMode(display=False, custom_mapping=ON_CPU)
     with counter:
         found = run()

@@ -17,10 +17,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from damage import DAMAGES
+from damage import spoil as damage
+from feature_networks import Projection
 from mutants import Mutant
 from published import tokenizer_state, transformer_state
 from test_data_hugging_face import write_parquet
-from test_evaluation_reference_file import Projection, images, of_ours, statistics
+from test_evaluation_reference_file import SIZE as REFERENCE_SIZE
+from test_evaluation_reference_file import images, of_ours, statistics
 from var_exp.checkpoint import read_checkpoint, write_checkpoint
 from var_exp.cli import read_metrics, recorded
 from var_exp.data import ImageFolder, Shards
@@ -32,7 +36,8 @@ from var_exp.pipeline import VARPipeline
 from var_exp.sources import read_networks
 from var_exp.training.saving import newest
 
-NETWORK = Projection()
+NETWORK = Projection(REFERENCE_SIZE)
+KINDS = (*DAMAGES, "noise", "doubled", "empty", "another answer")
 SIZE = 16
 
 
@@ -61,31 +66,9 @@ def prepare(work: Path) -> None:
     np.savez(work / "images.npz", arr_0=images(), **statistics())
 
 
-# -- bytes --------------------------------------------------------------------------------
-
-
 def spoil(path: Path, draw: random.Random) -> str:
     """Damage a file as a disk or a download does; how."""
-    content = bytearray(path.read_bytes())
-    kind = draw.choice(["cut short", "bits", "zeros", "empty", "text", "doubled", "noise"])
-    place = draw.randrange(len(content))
-    if kind == "cut short":
-        del content[place:]
-    elif kind == "bits":
-        for _ in range(draw.choice([1, 1, 8])):
-            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    elif kind == "zeros":
-        content[place : place + 512] = bytes(len(content[place : place + 512]))
-    elif kind == "empty":
-        content.clear()
-    elif kind == "text":
-        content = b"<html>404: not found</html>\n"
-    elif kind == "doubled":
-        content *= 2
-    else:
-        content[place:] = draw.randbytes(len(content) - place)
-    path.write_bytes(content)
-    return kind
+    return damage(path, draw, KINDS)
 
 
 # -- checkpoints ----------------------------------------------------------------------------
@@ -234,7 +217,7 @@ def references(draw: random.Random, place: Path, work: Path) -> Mutant:
     path = place / draw.choice(["ours.npz", "given.npz", "images.npz"])
     shutil.copyfile(work / path.name, path)
     what = spoil(path, draw) if draw.random() < 0.4 else other_arrays(path, draw)
-    feed = lambda: reference_from_file(path, NETWORK, (8, 10), batch_size=8)  # noqa: E731
+    feed = lambda: reference_from_file(path, NETWORK, REFERENCE_SIZE, batch_size=8)  # noqa: E731
     return Mutant(f"{path.name}: {what}", unsmuggled(feed), (path.name,), place)
 
 

@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from damage import spoil
 from programs import Program, csv_rows
 from stages import Interrupt, run, weights
 from var_exp.data.digits import Digits
@@ -129,24 +130,6 @@ def damage(count: int, seed: int) -> dict:
         "undetected": undetected,
         "different": differing,
     }
-
-
-def spoil(path: Path, draw: random.Random) -> str:
-    """Damage a file; how."""
-    content = bytearray(path.read_bytes())
-    kind = draw.choice(["cut short", "one bit", "several bits", "a block of zeros"])
-    place = draw.randrange(len(content))
-    if kind == "cut short":
-        del content[place:]
-    elif kind == "a block of zeros":
-        while not any(content[place : place + 512]):
-            place = draw.randrange(len(content))
-        content[place : place + 512] = bytes(len(content[place : place + 512]))
-    else:
-        for _ in range(1 if kind == "one bit" else 8):
-            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    path.write_bytes(content)
-    return kind
 
 
 def quietly(*arguments, **options) -> str:

@@ -1,6 +1,7 @@
 """References: computed once for each set of images, network and number, and never mistaken."""
 
 import datetime
+import functools
 import shutil
 
 import numpy as np
@@ -8,25 +9,13 @@ import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
+from feature_networks import Projection
 from var_exp.data.source import ImageSource, TensorImages
-from var_exp.evaluation import FeatureNetwork, Features, reference
+from var_exp.evaluation import reference
 from var_exp.evaluation.reference import data_fingerprint, reference_from_file, reference_of
 
 NUM_IMAGES = 41
-
-
-class Projection(FeatureNetwork):
-    """Features are sums of pixels; it counts the images it sees."""
-
-    def __init__(self, num_features=6, seed=0):
-        super().__init__("projection", num_features)
-        generator = torch.Generator().manual_seed(seed)
-        self.weight = torch.nn.Parameter(torch.randn(3 * 8 * 8, num_features, generator=generator))
-        self.seen = 0
-
-    def extract(self, pixels):
-        self.seen += len(pixels)
-        return Features((pixels.flatten(1).float() / 255) @ self.weight, None)
+projection = functools.partial(Projection, (8, 8))
 
 
 class Images(ImageSource):
@@ -59,7 +48,7 @@ def assert_same(one, other):
 
 
 def test_statistics_are_torch_fidelitys_of_the_images_in_their_order():
-    network, source = Projection(), Images()
+    network, source = projection(), Images()
     found = reference_of(network, source, "train", batch_size=8)
     features = network(source.parts[0]).features
     torch.testing.assert_close(found.features, features)
@@ -79,7 +68,7 @@ def test_statistics_are_torch_fidelitys_of_the_images_in_their_order():
 
 
 def test_of_many_images_some_are_drawn_from_everywhere_and_fewer_are_a_part_of_more():
-    network, source = Projection(), Images(count=1000)
+    network, source = projection(), Images(count=1000)
     few, more = (reference_of(network, source, "train", limit) for limit in (50, 100))
     assert few.num_images == len(few.features) == 50 and set(few.indices) < set(more.indices)
     assert few.indices == sorted(few.indices)
@@ -89,30 +78,30 @@ def test_of_many_images_some_are_drawn_from_everywhere_and_fewer_are_a_part_of_m
 
 
 def test_one_image_gives_numbers():
-    found = reference_of(Projection(), Images(), "val", limit=1)
+    found = reference_of(projection(), Images(), "val", limit=1)
     assert np.isfinite(found.mu).all() and (found.sigma == 0).all() and len(found.features) == 1
 
 
 def test_a_reference_read_in_inference_mode_is_good_outside_of_it_too(tmp_path):
     for _ in ("made", "kept"):
         with torch.inference_mode():
-            found = reference_of(Projection(), Images(), "train", cache=tmp_path)
+            found = reference_of(projection(), Images(), "train", cache=tmp_path)
         assert not found.features.is_inference()
 
 
 def test_the_bar_is_for_terminals_only(capfd):
-    reference_of(Projection(), Images(), "train")
+    reference_of(projection(), Images(), "train")
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("limit, count", [(0, 5), (None, 0), (-3, 5)])
 def test_a_reference_of_no_images_is_refused(limit, count):
     with pytest.raises(ValueError, match=rf"of {count} train images of .*\(evaluation.num_refer"):
-        reference_of(Projection(), Images(count=count), "train", limit)
+        reference_of(projection(), Images(count=count), "train", limit)
 
 
 def test_features_that_are_no_numbers_are_refused(tmp_path):
-    network = Projection()
+    network = projection()
     network.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="seen by projection, hold nan"):
         reference_of(network, Images(), "train", cache=tmp_path)
@@ -123,11 +112,11 @@ def test_features_that_are_no_numbers_are_refused(tmp_path):
 
 
 def test_it_is_computed_once(tmp_path):
-    network = Projection()
+    network = projection()
     first = reference_of(network, Images(), "train", 30, cache=tmp_path / "new" / "folder")
     assert network.seen == 30
     again = reference_of(network, Images(), "train", 30, cache=tmp_path / "new" / "folder")
-    other_run = reference_of(Projection(), Images(), "train", 30, 7, tmp_path / "new" / "folder")
+    other_run = reference_of(projection(), Images(), "train", 30, 7, tmp_path / "new" / "folder")
     assert network.seen == 30
     assert len(list(tmp_path.rglob("*.*"))) == 1
     assert_same(first, again)
@@ -136,37 +125,37 @@ def test_it_is_computed_once(tmp_path):
 
 def test_without_a_cache_nothing_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    reference_of(Projection(), Images(), "train")
+    reference_of(projection(), Images(), "train")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "network, source, part, limit",
     [
-        (Projection(seed=1), Images(), "train", 20),
-        (Projection(num_features=5), Images(), "train", 20),
-        (Projection(), Images(name="others"), "train", 20),
-        (Projection(), Images(count=42), "train", 20),
-        (Projection(), Images(classes="abc"), "train", 20),
-        (Projection(), Images(brighter=[40]), "train", 20),
-        (Projection(), Images(crop="adm"), "train", 20),
-        (Projection(), Images(size=9), "train", 20),
-        (Projection(), Images(), "val", 20),
-        (Projection(), Images(), "train", 21),
+        (projection(seed=1), Images(), "train", 20),
+        (projection(num_features=5), Images(), "train", 20),
+        (projection(), Images(name="others"), "train", 20),
+        (projection(), Images(count=42), "train", 20),
+        (projection(), Images(classes="abc"), "train", 20),
+        (projection(), Images(brighter=[40]), "train", 20),
+        (projection(), Images(crop="adm"), "train", 20),
+        (projection(), Images(size=9), "train", 20),
+        (projection(), Images(), "val", 20),
+        (projection(), Images(), "train", 21),
     ],
 )
 def test_whatever_it_depends_on_makes_another_file(network, source, part, limit, tmp_path):
-    before = reference_of(Projection(), Images(), "train", 20, cache=tmp_path)
+    before = reference_of(projection(), Images(), "train", 20, cache=tmp_path)
     found = reference_of(network, source, part, limit, cache=tmp_path)
     assert network.seen == limit
     assert len(list(tmp_path.iterdir())) == 2
     assert found.about != before.about
-    again = reference_of(Projection(), Images(), "train", 20, cache=tmp_path)
+    again = reference_of(projection(), Images(), "train", 20, cache=tmp_path)
     assert_same(before, again)
 
 
 def test_another_name_of_the_network_makes_another_file(tmp_path):
-    network, renamed = Projection(), Projection()
+    network, renamed = projection(), projection()
     renamed.name = "renamed"
     for each in (network, renamed):
         reference_of(each, Images(), "train", cache=tmp_path)
@@ -184,18 +173,18 @@ def test_a_fingerprint_looks_at_images_of_the_whole_set():
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "other", "empty", "text"])
 def test_a_file_that_cannot_be_believed_is_made_anew(damage, tmp_path):
-    first = reference_of(Projection(), Images(), "train", cache=tmp_path)
+    first = reference_of(projection(), Images(), "train", cache=tmp_path)
     (path,) = tmp_path.iterdir()
     content = bytearray(path.read_bytes())
     if damage == "other":
-        reference_of(Projection(), Images(), "val", cache=tmp_path / "val")
+        reference_of(projection(), Images(), "val", cache=tmp_path / "val")
         shutil.copy(*(tmp_path / "val").iterdir(), path)
     elif damage == "flipped":
         content[content.index(first.features.numpy().tobytes()) + 5] ^= 1
         path.write_bytes(content)
     else:
         path.write_bytes({"cut": content[:-200], "empty": b"", "text": b"no zip"}[damage])
-    network = Projection()
+    network = projection()
     with pytest.warns(UserWarning, match="made anew") as warned:
         assert_same(reference_of(network, Images(), "train", cache=tmp_path), first)
     assert len(warned) == 1 and "\n" not in str(warned[0].message)
@@ -207,8 +196,8 @@ def test_a_file_that_cannot_be_believed_is_made_anew(damage, tmp_path):
 def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path):
     (tmp_path / "file").write_text("where a folder should be")
     with pytest.warns(UserWarning, match="is not kept for other runs"):
-        found = reference_of(Projection(), Images(), "train", cache=tmp_path / "file")
-    assert_same(found, reference_of(Projection(), Images(), "train"))
+        found = reference_of(projection(), Images(), "train", cache=tmp_path / "file")
+    assert_same(found, reference_of(projection(), Images(), "train"))
 
 
 # -- processes --------------------------------------------------------------------------------
@@ -226,9 +215,9 @@ def test_two_processes_make_the_reference_of_one(tmp_path):
     other.join()
     assert other.exitcode == 0
     expected = [
-        reference_of(Projection(), Images(), "train", batch_size=8),
-        reference_of(Projection(), Images(), "train", 3, batch_size=8),
-        reference_from_file(images, Projection(), (8, 8), batch_size=8),
+        reference_of(projection(), Images(), "train", batch_size=8),
+        reference_of(projection(), Images(), "train", 3, batch_size=8),
+        reference_from_file(images, projection(), (8, 8), batch_size=8),
     ]
     both = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     for found in both:
@@ -243,7 +232,7 @@ def make_as_rank(rank, folder):
     distributed, timeout = torch.distributed, datetime.timedelta(seconds=60)
     store = f"file://{folder}/store"
     distributed.init_process_group("gloo", store, timeout, world_size=2, rank=rank)
-    network, seen, cache = Projection(), [], folder / "cache"
+    network, seen, cache = projection(), [], folder / "cache"
 
     def make(limit=None):
         found = reference_of(network, Images(), "train", limit, 8, cache)

@@ -1,6 +1,5 @@
 """References in files: read as they were written, or refused in one line, and never run."""
 
-import math
 import os
 import tracemalloc
 
@@ -9,28 +8,16 @@ import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
-from var_exp.evaluation import FeatureNetwork, Features, npz
+from feature_networks import Projection
+from var_exp.evaluation import npz
 from var_exp.evaluation.reference import Reference, reference_from_file, save_reference
 
 NUM_FEATURES, NUM_IMAGES, SIZE = 6, 30, (8, 10)
 
 
-class Projection(FeatureNetwork):
-    def __init__(self, num_features=NUM_FEATURES, seed=0):
-        super().__init__("projection", num_features)
-        generator = torch.Generator().manual_seed(seed)
-        shape = (3 * math.prod(SIZE), num_features)
-        self.weight = torch.nn.Parameter(torch.randn(shape, generator=generator))
-        self.seen = 0
-
-    def extract(self, pixels):
-        self.seen += len(pixels)
-        return Features((pixels.flatten(1).float() / 255) @ self.weight, None)
-
-
 @pytest.fixture
 def network():
-    return Projection()
+    return Projection(SIZE, NUM_FEATURES)
 
 
 @pytest.fixture

@@ -5,23 +5,12 @@ import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
+from feature_networks import JudgingProjection
 from tiny import SCALES
-from var_exp.evaluation import FeatureNetwork, Features, ScoreSettings
+from var_exp.evaluation import ScoreSettings
 from var_exp.evaluation.reference import Reference
 from var_exp.evaluation.scorer import SampleScorer
 from var_exp.sampling import Samples
-
-
-class Projection(FeatureNetwork):
-    """A random projection of the pixels."""
-
-    def __init__(self):
-        super().__init__("projection", 6)
-        self.weight = torch.nn.Parameter(torch.randn(3 * 10 * 10, 6))
-
-    def extract(self, pixels):
-        features = (pixels.flatten(1).float() / 255) @ self.weight
-        return Features(features.tanh(), features)
 
 
 def reference_of(features):
@@ -33,7 +22,7 @@ def reference_of(features):
 
 @pytest.fixture
 def network():
-    return Projection()
+    return JudgingProjection((10, 10))
 
 
 @pytest.fixture

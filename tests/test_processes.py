@@ -155,8 +155,8 @@ def test_what_was_seen_of_the_end_of_another_process_is_told(tmp_path, capsys):
             raise RuntimeError("gloo: Connection closed by peer") from cause
     except RuntimeError as error:
         assert is_of_another_process(error)
-        assert leave_with_the_others(tmp_path, error) == 1
-    assert "(seen here: ValueError: the true cause)" in capsys.readouterr().err
+        assert leave_with_the_others(tmp_path, error, "go on") == 1
+    assert "whole; go on (seen here: ValueError: the true cause)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("program", ["train", "sample"])

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from command import run
+from feature_networks import JudgingProjection
 from sample_sets import SCORED, Killed, count_calls, draw, left_in, tiny_drawer
 from var_exp.evaluation import Features, extraction, sample_draw, scores
 from var_exp.evaluation.classifier import train_or_load
-from var_exp.evaluation.features import FeatureNetwork
 from var_exp.evaluation.pictures import to_uint8
 from var_exp.evaluation.reference import reference_of, save_reference
 from var_exp.evaluation.reference_file import Reference
@@ -40,20 +40,8 @@ def figures(folder):
 # -- the figures -----------------------------------------------------------------------------
 
 
-class Projection(FeatureNetwork):
-    """A random projection of the pixels of tiny networks."""
-
-    def __init__(self):
-        super().__init__("projection", 6)
-        self.weight = torch.nn.Parameter(torch.randn(3 * 10 * 10, 6))
-
-    def extract(self, pixels):
-        features = (pixels.flatten(1).float() / 255) @ self.weight
-        return Features(features.tanh(), features)
-
-
 def tiny_scorer(drawer):
-    network = Projection()
+    network = JudgingProjection((10, 10))
     real = network(torch.rand(40, 3, 10, 10)).features
     mu, sigma = extraction.statistics_of(real)
     reference = Reference(mu, sigma, len(real), real, None, {})
@@ -288,4 +276,4 @@ def test_images_of_another_size_than_the_models_are_refused(digits):
     drawer = tiny_drawer()
     options = {"reference": None, "num_reference": 10, "batch_size": 8, "cache": None}
     with pytest.raises(ValueError, match=r"digits are of \(16, 16\) .* of the model of \(10, 10\)"):
-        scorer_of(Projection(), digits, drawer.tokenizer, None, **options)
+        scorer_of(JudgingProjection((10, 10)), digits, drawer.tokenizer, None, **options)

@@ -23,9 +23,9 @@ from yaml import YAMLError
 
 from var_exp.environment import environment
 from var_exp.files import read_figures, replacing
-from var_exp.interruption import RESUMABLE, TRACE
+from var_exp.interruption import GOES_ON, RESUMABLE, TRACE
 from var_exp.options import check_types
-from var_exp.processes import agree_on_start
+from var_exp.processes import START, agree_on_start
 from var_exp.ranks import is_distributed
 from var_exp.slurm import SUBMIT, check_submission
 
@@ -120,7 +120,8 @@ def report_errors(function: Callable[[DictConfig], object]) -> Callable[[DictCon
                 sys.exit(f"error: {told}" if speaks() else 1)
             if not isinstance(error, RuntimeError) or not is_of_another_process(error):
                 raise
-            sys.exit(leave_with_the_others(run_dir, error))
+            goes_on = how_to_go_on(run_dir) if "run_dir" in config else GOES_ON
+            sys.exit(leave_with_the_others(run_dir, error, goes_on))
 
     return wrapped
 
@@ -154,7 +155,7 @@ def is_of_another_process(error: RuntimeError) -> bool:
     return any(name in told for name in ("gloo", "NCCL", "Connection closed by peer"))
 
 
-def leave_with_the_others(run_dir: Path, error: BaseException) -> int:
+def leave_with_the_others(run_dir: Path, error: BaseException, goes_on: str) -> int:
     """Say that another process of the run has ended; the exit code, by what ended it.
 
     What was seen of it is said too: it may be a failure of this process, or of the network.
@@ -164,7 +165,7 @@ def leave_with_the_others(run_dir: Path, error: BaseException) -> int:
     seen = next(iter(str(error).splitlines()), "")
     print(
         f"error: another process of this run has ended, which says why where it printed; what was "
-        f"saved is whole, the same command goes on (seen here: {type(error).__name__}: {seen})",
+        f"saved is whole; {goes_on} (seen here: {type(error).__name__}: {seen})",
         file=sys.stderr,
         flush=True,
     )
@@ -199,11 +200,14 @@ def check_sweep(num_processes: int) -> None:
         )
 
 
-def command_to_resume(run_dir: Path) -> str:
+def how_to_go_on(run_dir: Path) -> str:
     """What goes on with a run when it is typed: its folder by name, or it would get a new one."""
+    folder = f"run_dir={shown_path(run_dir)}"
+    if START in os.environ:  # of torchrun or srun, whose own arguments are not known here
+        return f"the same command goes on with {folder}"
     given = HydraConfig.get().overrides.task
     kept = [o for o in given if not o.lstrip("+").startswith(("run_dir=", "resume=never"))]
-    return shlex.join(["python", Path(sys.argv[0]).name, *kept, f"run_dir={shown_path(run_dir)}"])
+    return f"to go on: {shlex.join(['python', Path(sys.argv[0]).name, *kept, folder])}"
 
 
 def shown_path(path: Path) -> str:

@@ -21,7 +21,6 @@ FREE = (
         "runs_dir",
         "objective",
         "expected",
-        "num_threads",
         "name",
         "stages",
     ),
@@ -39,11 +38,8 @@ OWN = {
     "var": ("model.var", "transformer"),
 }
 
-
+MISSING = "(nothing)"  # the value of a key that was not there
 ANEW = ".anew"  # in a run folder: the start of a job that began it anew
-
-
-MISSING = "(nothing)"
 
 
 class Change(NamedTuple):

@@ -22,6 +22,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 RESUMABLE = 85  # the exit code of a program that was interrupted and can go on
+GOES_ON = "the same command goes on"
 TRACE = ".interrupted"  # in the run folder: one of the processes of this start was interrupted
 
 
@@ -94,9 +95,7 @@ class Interruption:
             raise Interrupted(self.noted)
 
 
-def leave(
-    stop: Interrupted, run_dir: Path | None = None, goes_on: str = "the same command goes on"
-) -> None:
+def leave(stop: Interrupted, run_dir: Path | None = None, goes_on: str = GOES_ON) -> None:
     """End this process, and let the other processes of the run know why.
 
     Args:
@@ -107,7 +106,9 @@ def leave(
     """
     if run_dir is not None and run_dir.is_dir():
         with contextlib.suppress(OSError):
-            (run_dir / TRACE).write_text(f"{stop}\n")
+            unfinished = run_dir / f"{TRACE}.{os.getpid()}"
+            unfinished.write_text(f"{stop}\n")
+            unfinished.replace(run_dir / TRACE)  # whole, for whoever reads it meanwhile
     if not is_started_first():
         sys.exit(0)
     lost = "" if stop.saved else "; what came after the last checkpoint could not be saved"

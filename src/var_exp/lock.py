@@ -18,25 +18,25 @@ NAME = ".lock"
 
 
 @contextlib.contextmanager
-def locked(folder: Path, key: str = "run_dir") -> Iterator[None]:
+def locked(folder: Path, option: str = "run_dir=...") -> Iterator[None]:
     """Hold a folder, which is made where it is missing.
 
     A file system without locks is no hindrance.
 
     Args:
-        key: what names the folder on the command line.
+        option: how the folder is named on the command line.
 
     Raises:
         ValueError: another process holds it, or nothing can be written there.
     """
-    path = folder / NAME
+    path, key = folder / NAME, option.partition("=")[0]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")
     except OSError as error:
         raise ValueError(
             f"{key}: cannot write in {str(folder)!r} ({error.strerror}); choose another folder "
-            f"({key}=...), or ask for permission"
+            f"({option}), or ask for permission"
         ) from None
     with file:
         if not _lock(file) or not _is_at(file, path):
@@ -44,7 +44,7 @@ def locked(folder: Path, key: str = "run_dir") -> Iterator[None]:
             who = file.read().strip() or "another process"
             raise ValueError(
                 f"{key}: {str(folder)!r} is in use by {who}; wait for it or stop it, or choose "
-                f"another folder ({key}=...)"
+                f"another folder ({option})"
             )
         file.truncate(0)
         now = datetime.now()

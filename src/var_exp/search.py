@@ -64,7 +64,7 @@ def search(study: optuna.Study, options: Options, folder: Path, num_trials: int,
             fail(study, trial)
             continue
         place = folder / str(trial.number)
-        with locked(place, key="FOLDER"):
+        with locked(place, option="FOLDER"):
             pass
         code = run([*options.fixed, *as_overrides(trial)], place)
         if code == RESUMABLE or code and interruption.noted:
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str], run: Run = train) -> None:
     given = parser.parse_args(arguments)
     options = parse(given.overrides)
     direction = "maximize" if given.maximize else "minimize"
-    with locked(given.folder, key="FOLDER"):
+    with locked(given.folder, option="FOLDER"):
         study = open_study(given.folder, given.overrides, direction, given.seed)
         search(study, options, given.folder, given.trials, run)
         print(summary(study, options, given.folder))
