@@ -230,7 +230,8 @@ def other_arrays(path: Path, draw: random.Random) -> str:
     if change == "shape":
         arrays[key] = draw.choice([array[..., None], array.reshape(-1), array.reshape(-1)[:0]])
     elif change == "dtype":
-        arrays[key] = array.astype(draw.choice(["float16", "int8", "U8", "complex64", "bool"]))
+        numbers = ["float16", "int8", "U8", "complex64", "bool"]  # a text becomes no number
+        arrays[key] = array.astype(draw.choice(numbers if array.dtype.kind != "U" else ["U8", "S9"]))
     elif change == "not a number":
         arrays[key] = np.full(array.shape, np.nan)
     elif change == "code":

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
 
-# Batches of many samples are multiples of this, and are decoded by as many, which keeps a
-# sample's arithmetic the same to the last bit in batches of different size.
+# Batches of many samples are multiples of this, which keeps a sample's arithmetic the same to the
+# last bit in batches of different size; as many are decoded at once, which bounds the memory.
 ROWS = 8
 
 
@@ -93,7 +93,7 @@ def generate(
             kept = keep_likeliest(logits / temperature, top_k, top_p)  # (B, n_k, V)
             u = uniforms[:, transformer.schedule.slices[k]].to(kept.device, kept.dtype)  # (B, n_k)
             indices.append(draw(kept, u))
-        images = decode_by_rows(tokenizer, indices).add(1).div(2)
+        images = torch.cat(list(decode_in_parts(tokenizer, indices))).add_(1).div_(2)
     return Samples(images, indices) if return_indices else images
 
 
@@ -177,13 +177,18 @@ def decode_by_rows(
     count = len(indices[0])
     more = round_up(count) - count  # rows that fill the last part
     indices = [torch.cat([c, c[:1].expand(more, -1)]) for c in indices]
-    parts = [
-        tokenizer.decode([c[i : i + ROWS] for c in indices], per_scale)
-        for i in range(0, len(indices[0]), ROWS)
-    ]
+    parts = decode_in_parts(tokenizer, indices, per_scale)
     if per_scale:
         return [torch.cat(images)[:count] for images in zip(*parts, strict=True)]
-    return torch.cat(parts)[:count]
+    return torch.cat(list(parts))[:count]
+
+
+def decode_in_parts(
+    tokenizer: VQVAE, indices: list[Tensor], per_scale: bool = False
+) -> Iterator[Tensor | list[Tensor]]:
+    """`tokenizer.decode` of `ROWS` samples at a time, of what is left in the end."""
+    for first in range(0, len(indices[0]), ROWS):
+        yield tokenizer.decode([codes[first : first + ROWS] for codes in indices], per_scale)
 
 
 def round_up(rows: int) -> int:
@@ -229,7 +234,7 @@ def guide(logits: Tensor, t: float, guided: bool) -> Tensor:
     if not guided:
         return logits
     cond, uncond = logits.chunk(2)
-    return (1 + t) * cond - t * uncond
+    return torch.lerp(uncond, cond, 1 + t)  # in one pass
 
 
 def keep_likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -237,26 +242,26 @@ def keep_likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
     The code that crosses the mass top_p is kept (nucleus sampling, arXiv 1904.09751).
     """
-    if 0 < top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if 0 < top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
+    some, most = 0 < top_k < logits.shape[-1], 0 < top_p < 1
+    if not some and not most:
+        return logits
+    # The likeliest alone are put in order: all of them only where top-p has no top-k before it.
+    ordered, order = logits.topk(top_k if some else logits.shape[-1], dim=-1)
+    if most:
         mass = ordered.softmax(dim=-1)
         outside = mass.cumsum(dim=-1) - mass >= top_p  # mass before this code
-        outside = torch.zeros_like(outside).scatter(-1, order, outside)
-        logits = logits.masked_fill(outside, -torch.inf)
-    return logits
+        ordered = ordered.masked_fill(outside, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter_(-1, order, ordered)
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Codes by inverse transform: logits (B, n, V), uniforms in [0, 1) (B, n) -> (B, n) int64."""
     mass = logits.softmax(dim=-1).cumsum(dim=-1)  # (B, n, V)
-    target = uniforms.to(mass.dtype).unsqueeze(-1) * mass[..., -1:]
-    codes = torch.searchsorted(mass, target, right=True).squeeze(-1)
+    whole = mass[..., -1:]
     # A uniform that float32 rounds up to 1 would point behind the last code.
-    last = logits.shape[-1] - 1 - (logits.flip(-1) > -torch.inf).int().argmax(dim=-1)
-    return torch.minimum(codes, last)
+    below = torch.nextafter(whole, torch.zeros_like(whole))
+    target = torch.minimum(uniforms.to(mass.dtype).unsqueeze(-1) * whole, below)
+    return torch.searchsorted(mass, target, right=True).squeeze(-1)
 
 
 def draw_uniforms(seed: int, sample_ids: Sequence[int], seq_len: int) -> np.ndarray:

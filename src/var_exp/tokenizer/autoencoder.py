@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_exp.spec import recorded
+from var_exp.tokenizer.convolution import Conv3x3, arranged
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -22,17 +23,13 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
 
-def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-
-
 class ResidualBlock(nn.Module):
     """Norm, SiLU, conv, twice, added to the raw input (1x1 conv where the width changes)."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(in_channels), conv3x3(in_channels, out_channels)
-        self.norm2, self.conv2 = group_norm(out_channels), conv3x3(out_channels, out_channels)
+        self.norm1, self.conv1 = group_norm(in_channels), Conv3x3(in_channels, out_channels)
+        self.norm2, self.conv2 = group_norm(out_channels), Conv3x3(out_channels, out_channels)
         self.dropout = nn.Dropout(dropout)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
@@ -78,7 +75,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = conv3x3(channels, channels)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -172,7 +169,7 @@ class Encoder(nn.Module):
         self.stride = patch_size * 2 ** (len(multipliers) - 1)
         widths, blocks = level_sizes(width, multipliers, num_res_blocks)
         lowest = len(widths) - 1
-        self.conv_in = conv3x3(in_channels * patch_size**2, width)
+        self.conv_in = Conv3x3(in_channels * patch_size**2, width)
         self.down = nn.ModuleList()
         previous = width
         for i, w in enumerate(widths):
@@ -183,10 +180,11 @@ class Encoder(nn.Module):
             previous = w
         self.mid = Middle(previous, attention, dropout)
         self.norm_out = group_norm(previous)
-        self.conv_out = conv3x3(previous, code_dim)
+        self.conv_out = Conv3x3(previous, code_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
+        x = arranged(F.pixel_unshuffle(x, self.patch_size), self.conv_in.out_channels)
+        x = self.conv_in(x)
         for level in self.down:
             x = level(x)
         x = self.mid(x)  # (B, width', h, w)
@@ -217,7 +215,7 @@ class Decoder(nn.Module):
         self.stride = patch_size * 2 ** (len(multipliers) - 1)
         widths, blocks = level_sizes(width, multipliers, num_res_blocks)
         lowest = len(widths) - 1
-        self.conv_in = conv3x3(code_dim, widths[-1])
+        self.conv_in = Conv3x3(code_dim, widths[-1])
         self.mid = Middle(widths[-1], attention, dropout)
         levels = []
         previous = widths[-1]
@@ -230,10 +228,11 @@ class Decoder(nn.Module):
             previous = widths[i]
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = group_norm(previous)
-        self.conv_out = conv3x3(previous, out_channels * patch_size**2)
+        self.conv_out = Conv3x3(previous, out_channels * patch_size**2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(x))
+        x = self.conv_in(arranged(x, self.norm_out.num_channels))
+        x = self.mid(x)
         for level in reversed(self.up):
             x = level(x)
         x = self.conv_out(F.silu(self.norm_out(x)))

@@ -219,8 +219,16 @@ class VAR(nn.Module):
         return None if self.rotation is None else self.rotation[:, where]
 
     def make_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache for one batch of whole sequences."""
+        """An empty cache for one batch of whole sequences.
+
+        Args:
+            dtype: that of keys and values, which under autocast is not that of the weights; None
+                takes theirs as they will come.
+        """
         weight = self.code_projection.weight
+        device = weight.device.type
+        if dtype is None and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         return KVCache(
             len(self.blocks),
             batch_size,
