@@ -1,4 +1,4 @@
-"""Train the tokenizer, then the next-scale transformer; evaluate, sample, say what came out.
+"""Train the tokenizer, encode the images, train the next-scale transformer; say what came out.
 
 python train.py                          both stages on the embedded digits
 python train.py data=shapes              other images
@@ -44,6 +44,8 @@ from var_exp.cli import (
 )
 from var_exp.continuation import changed_code, check_changes, is_begun_anew, mark_begun_anew
 from var_exp.data import ImageDataModule, ImageSource
+from var_exp.data.token_files import forget_codes
+from var_exp.data.workers import number_of_workers
 from var_exp.environment import environment
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.evaluation.report import write_report
@@ -51,13 +53,16 @@ from var_exp.lock import locked
 from var_exp.preflight import Job, preflight
 from var_exp.processes import check_meeting_point
 from var_exp.slurm import requeue
+from var_exp.tokenizer import VQVAE
+from var_exp.training.encoding import encode_stage
 from var_exp.training.fit import check_share, check_stage, fit_stage, quiet
-from var_exp.training.saving import forget, newest_path
+from var_exp.training.saving import forget, is_finished, newest_path
 from var_exp.training.stage import StageModule
 from var_exp.wiring import (
     CHOICES,
     check_choices,
     course,
+    make_cache,
     make_data,
     make_evaluator,
     make_module,
@@ -66,7 +71,9 @@ from var_exp.wiring import (
     make_trainer,
     make_transformer,
     new_tokenizer,
+    place_of_tokens,
     plain,
+    trained,
 )
 
 
@@ -83,9 +90,14 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     with quiet():
         trainer = make_trainer(cfg)(logger=False)
     check_sweep(trainer.num_devices * trainer.num_nodes)
+    over = set()
     for stage, module in modules.items():
-        check_stage(module, run_dir, **course(cfg, stage, data.source))
+        found = check_stage(module, run_dir, **course(cfg, stage, data.source))
+        if found is not None and is_finished(found.content):
+            over.add(stage)
+        del found  # or the whole checkpoint would stay in memory
         check_share(stage, cfg.model[stage].batch_size, trainer)
+    check_codes(cfg, data, tokenizer, run_dir)
     check_meeting_point(trainer.num_devices * trainer.num_nodes, trainer.num_nodes)
     tell_changes(cfg, run_dir)
     evaluator = make_evaluator(cfg, data.source, run_dir)
@@ -97,7 +109,11 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
 
         print(outline(cfg, modules, data, run_dir), flush=True)
     metrics = read_metrics(run_dir / "metrics.json")  # of a stage that was run here before
-    for stage, module in modules.items():
+    for stage in cfg.stages:
+        if stage == "tokens":
+            encode(cfg, tokenizer, data, run_dir, needed="var" not in over)
+            continue
+        module = modules[stage]
         fitted = fit(cfg, module, data, evaluator, run_dir)
         scores = module.final_scores(evaluator, run_dir / "samples")
         results = fitted.metrics | scores | {"seconds": fitted.seconds}
@@ -105,7 +121,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         if data.rank == 0:
             write_metrics(metrics, run_dir / "metrics.json")
             write_report(run_dir)
-    if data.rank == 0:
+    if data.rank == 0 and modules:
         print(summary(cfg.name, metrics, run_dir, cfg.expected))
         report_bad_images(data.source)
     return metrics.figures
@@ -116,7 +132,10 @@ def outline(
 ) -> str:
     """What is going to be trained, and where it goes, in one line."""
     stages = []
-    for stage in modules:
+    for stage in cfg.stages:
+        if stage not in modules:
+            stages.append(f"{stage} (into {shown_path(place_of_tokens(cfg, run_dir).resolve())})")
+            continue
         lengths = course(cfg, stage, data.source)
         stages.append(
             f"{stage} ({lengths['num_batches']:,} batches of {lengths['batch_size']} images)"
@@ -129,14 +148,29 @@ def outline(
 
 def begin_anew(cfg: DictConfig, run_dir: Path) -> None:
     """Forget what the run folder holds of the stages, all of them before the first one trains."""
-    for stage in cfg.stages:
+    for stage in trained(cfg):
         forget(run_dir, stage)
+    if owns_tokens(cfg, run_dir) and {"tokenizer", "tokens"} & set(cfg.stages):
+        forget_codes(place_of_tokens(cfg, run_dir))
     mark_begun_anew(run_dir)
+
+
+def check_codes(cfg: DictConfig, data: ImageDataModule, tokenizer: VQVAE, run_dir: Path) -> None:
+    """Raise ValueError where the folder of the codes has others, as far as that is known yet."""
+    begins_anew = cfg.resume == "never" and owns_tokens(cfg, run_dir)
+    if "tokens" in cfg.stages and not begins_anew:
+        known = "tokenizer" not in cfg.stages
+        make_cache(cfg, data, tokenizer, run_dir, known).check()
+
+
+def owns_tokens(cfg: DictConfig, run_dir: Path) -> bool:
+    """Whether the codes are of this run alone, in its folder."""
+    return run_dir.resolve() in place_of_tokens(cfg, run_dir).resolve().parents
 
 
 def tell_changes(cfg: DictConfig, run_dir: Path) -> None:
     """Say what is different from when the run was started; raise ValueError if it matters."""
-    begun = [stage for stage in cfg.stages if newest_path(run_dir / stage)]
+    begun = [stage for stage in trained(cfg) if newest_path(run_dir / stage)]
     if not begun or cfg.resume == "never" or not is_started_first():
         return
     was, room = recorded(run_dir)
@@ -173,9 +207,10 @@ def check_job(cfg: DictConfig, run_dir: Path) -> int:
             trainer=OmegaConf.to_container(cfg.trainer, resolve=True),
             loggers={name: instantiate(c) for name, c in cfg.logger.items()},
             places=[run_dir, Path(cfg.runs_dir), Path(cfg.evaluation.cache)],
+            cache=lambda data, tokenizer: make_cache(cfg, data, tokenizer, run_dir, False),
             samples=cfg.evaluation.batch_size,
             seed=cfg.seed,
-            num_workers=cfg.datamodule.num_workers,
+            num_workers=number_of_workers(cfg.datamodule.num_workers),
             everything=cfg.check == "all",
         )
     )
@@ -199,6 +234,22 @@ def fit(cfg: DictConfig, module: StageModule, data, evaluator: Evaluator, run_di
         interruption=interruption,
         **course(cfg, module.stage, data.source),
     )
+
+
+def encode(
+    cfg: DictConfig, tokenizer: VQVAE, data: ImageDataModule, run_dir: Path, needed: bool
+) -> None:
+    """Let stage two read codes, which are made where they are missing.
+
+    Args:
+        needed: whether images are still to be trained on; else codes that are there are used.
+    """
+    cache = make_cache(cfg, data, tokenizer, run_dir, known=True)
+    if not needed and not cache.is_complete():
+        return
+    first = is_started_first() and not cache.is_complete()
+    with locked(cache.folder, "tokens.dir=...") if first else nullcontext():
+        encode_stage(tokenizer, data, make_trainer(cfg), cache, cfg.tokens.batch_size, interruption)
 
 
 def report_bad_images(source: ImageSource) -> None:

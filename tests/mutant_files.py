@@ -27,13 +27,14 @@ from test_evaluation_reference_file import SIZE as REFERENCE_SIZE
 from test_evaluation_reference_file import images, of_ours, statistics
 from var_exp.checkpoint import read_checkpoint, write_checkpoint
 from var_exp.cli import read_metrics, recorded
-from var_exp.data import ImageFolder, Shards
+from var_exp.data import Digits, ImageDataModule, ImageFolder, Shards, TokenCache
 from var_exp.data.hugging_face import HuggingFace
 from var_exp.data.pack import pack
 from var_exp.evaluation.reference_file import reference_from_file, save_reference
 from var_exp.evaluation.report import write_report
 from var_exp.pipeline import VARPipeline
 from var_exp.sources import read_networks
+from var_exp.training.encoding import encode
 from var_exp.training.saving import newest
 
 NETWORK = Projection(REFERENCE_SIZE)
@@ -231,7 +232,9 @@ def other_arrays(path: Path, draw: random.Random) -> str:
         arrays[key] = draw.choice([array[..., None], array.reshape(-1), array.reshape(-1)[:0]])
     elif change == "dtype":
         numbers = ["float16", "int8", "U8", "complex64", "bool"]  # a text becomes no number
-        arrays[key] = array.astype(draw.choice(numbers if array.dtype.kind != "U" else ["U8", "S9"]))
+        arrays[key] = array.astype(
+            draw.choice(numbers if array.dtype.kind != "U" else ["U8", "S9"])
+        )
     elif change == "not a number":
         arrays[key] = np.full(array.shape, np.nan)
     elif change == "code":
@@ -242,6 +245,48 @@ def other_arrays(path: Path, draw: random.Random) -> str:
         arrays[key] = -array if array.dtype.kind in "fi" else array
     np.savez(path, **arrays)
     return f"{key} {change}"
+
+
+# -- tokens ---------------------------------------------------------------------------------
+
+
+def tokens(draw: random.Random, place: Path, work: Path) -> Mutant:
+    """A token cache: a part, the key or the manifest."""
+    folder = place / "tokens"
+    shutil.copytree(work / "run" / "tokens", folder)
+    key = json.loads((folder / "key.json").read_text())
+    path = draw.choice(sorted(folder.iterdir()))
+    if path.suffix == ".json" and draw.random() < 0.6:
+        what = odd(path, draw)
+    elif path.suffix == ".npy" and draw.random() < 0.4:
+        what = other_rows(path, draw)
+    else:
+        what = spoil(path, draw)
+    if draw.random() < 0.3:
+        (folder / "tokens.json").unlink()
+        what += ", without manifest"
+    feed = unsmuggled(lambda: mend(TokenCache(folder, key), work))
+    return Mutant(f"{path.name}: {what}", feed, (path.name, "holds other codes"), place)
+
+
+def other_rows(path: Path, draw: random.Random) -> str:
+    """A well-formed part with something else in it."""
+    rows = np.load(path)
+    change = draw.choice(["shorter", "codes alone", "code", "one row"])
+    others = {"shorter": rows[1:], "codes alone": rows["codes"], "one row": rows[0]}
+    np.save(path, others.get(change, np.array([Smuggled()], dtype=object)))
+    return change
+
+
+def mend(cache: TokenCache, work: Path) -> None:
+    """Encode what is missing or damaged, as a run does, and read everything."""
+    source = Digits()
+    source.setup()
+    tokenizer = read_networks(work / "run" / "tokenizer").tokenizer
+    encode(tokenizer, ImageDataModule(source), cache, 512, torch.device("cpu"))
+    for view, count in ((0, len(source.train)), (None, len(source.val))):
+        codes = cache.read(view, np.arange(count))["codes"]
+        assert codes.max() < cache.key["vocab_size"]
 
 
 # -- records --------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from command import ROOT, TINY, files, run_for_real
-from mutant_files import checkpoints, pictures, records, references
+from mutant_files import checkpoints, pictures, records, references, tokens
 from mutant_files import prepare as prepare_files
 from mutants import Mutant, configurations
 from var_exp.cli import first_cause
@@ -50,16 +50,18 @@ LONGEST = 1500  # characters of a line that says what is wrong
 REAL = 0.05  # of the configurations, the share that is run by a process of its own
 SHARES = {  # of all mutants, by kind
     "configurations": 0.15,
-    "checkpoints": 0.25,
-    "images": 0.25,
+    "checkpoints": 0.2,
+    "images": 0.2,
     "references": 0.2,
     "records": 0.15,
+    "tokens": 0.1,
 }
 FILES = {
     "checkpoints": checkpoints,
     "images": pictures,
     "references": references,
     "records": records,
+    "tokens": tokens,
 }
 REFUSALS = (ValueError, HydraException, OmegaConfBaseException)
 

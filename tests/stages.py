@@ -92,10 +92,10 @@ ONE = {"devices": 1, "precision": "32-true"}
 FIT = ("seed", "batch_size", "val_every", "loggers", "resume", "save_every", "interruption")
 
 
-def run(stage, source, folder, *callbacks, trainer=ONE, **changes):
+def run(stage, source, folder, *callbacks, trainer=ONE, codes=None, **changes):
     """Fit a module, up to the end or to a kill: the module, and its losses by batch.
 
-    `changes` are arguments of `fit_stage` and of the module.
+    `changes` are arguments of `fit_stage` and of the module; `codes` a cache to train from.
     """
     given = {"seed": 0, "batch_size": 6, "val_every": 3} | {
         k: v for k, v in changes.items() if k in FIT
@@ -103,11 +103,12 @@ def run(stage, source, folder, *callbacks, trainer=ONE, **changes):
     module = make_module(stage, **{k: v for k, v in changes.items() if k not in FIT})
     options = {"accelerator": "cpu", "enable_model_summary": False} | ONE | trainer
     trainer = functools.partial(L.Trainer, **options)
-    losses = Losses()
+    losses, data = Losses(), ImageDataModule(source, seed=given["seed"])
+    data.codes = codes
     try:
         fit_stage(
             module,
-            ImageDataModule(source, seed=given["seed"]),
+            data,
             trainer,
             run_dir=folder,
             num_batches=NUM_BATCHES,

@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "continuation": {"processes"},
     "wiring": NETWORKS
     | {"data", "evaluation", "processes", "sampling", "sources", "training", "transfer"},
-    "preflight": NETWORKS | SIGNALS | {"data", "training", "cli"},
+    "preflight": NETWORKS | FILES | SIGNALS | {"data", "training", "cli"},
     "options": set(),
     "cli": FILES | SIGNALS | RANKS | {"environment", "options", "processes", "slurm"},
 }

@@ -273,7 +273,7 @@ def test_a_run_goes_on_with_other_things_to_look_at_and_says_so(tmp_path):
     again = run("train", *options, "evaluation.num_samples=30", "datamodule.num_workers=1")
     assert again.code == 0
     told = next(line for line in again.out.splitlines() if line.startswith("resume:"))
-    assert "evaluation.num_samples 20 -> 30" in told and "num_workers 0 -> 1" in told
+    assert "evaluation.num_samples 20 -> 30" in told and "num_workers auto -> 1" in told
 
 
 def test_a_run_does_not_go_on_with_another_learning_rate_and_names_all_that_matters(tmp_path):

@@ -74,6 +74,7 @@ def test_a_job_that_is_well_is_told_what_it_takes(tmp_path, monkeypatch):
         *("stage tokenizer", "stage var", "39,692 trained", "not trained", "averaged_transformer"),
         *("4, that is 0.0 epochs, 64 images seen", "16 = 1 devices x 1 machines x 16"),
         *("memory in training", "kept for backward", "gradients", "keys and values"),
+        *("stage tokens", "1,437 to train on, 360 to validate", "30 of 2 bytes", "115.0 kB"),
         *("every 3 batches", "all checkpoints", "free disk", f"{tmp_path}/runs/digits/"),
         *("1,437 of 1,437 looked at, 0 of them", "139 (8) to 146 (3) images"),
         "check: 0 errors, 0 warnings",
@@ -262,7 +263,7 @@ def test_the_networks_of_every_experiment_are_built_without_memory(name):
     tokenizer = wiring.new_tokenizer(cfg, source, "meta")
     networks = {"tokenizer": tokenizer}
     networks["transformer"] = wiring.make_transformer(cfg, source, tokenizer, "meta")
-    for stage in cfg.stages:
+    for stage in wiring.trained(cfg):
         chosen = networks if stage == "var" else {"tokenizer": tokenizer}
         alone = without_parts(cfg, [PERCEPTUAL, "adversary"])
         module = ready(wiring.make_module(alone, stage, chosen))

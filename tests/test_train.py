@@ -16,6 +16,7 @@ from var_exp.checkpoint import load_networks
 from var_exp.training import VARModule
 
 SAMPLES = {"grid.png", "coarse_to_fine.png", "steps.npz", "neighbours.png"}
+PARTS = {"train-0000-00000.npy", "val-00000.npy"}
 PICTURES = SAMPLES | {"reconstructions.png"}
 SCORES = ("fid", "inception_score", "kid", "precision", "recall")
 TOKENIZER_FIGURES = {
@@ -61,10 +62,11 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_leaves_the_documented_folders_and_nothing_else(trained):
-    expected = {".hydra", "tokenizer", "var", "samples", "evaluation", "csv", "wandb"}
+    expected = {".hydra", "tokenizer", "var", "samples", "evaluation", "csv", "wandb", "tokens"}
     assert names(trained) == expected | {"metrics.json", "environment.json", "report.html"}
     assert names(trained / ".hydra") == {"config.yaml", "hydra.yaml", "overrides.yaml"}
     kept = {"best.ckpt", "last.ckpt", "previous.ckpt"}
+    assert names(trained / "tokens") == {"key.json", "tokens.json", *PARTS}
     stage = kept | {"curves.png", "pictures", "wandb_id"}
     assert names(trained / "var") == stage
     assert names(trained / "tokenizer") == stage | {"codebook.png"}

@@ -27,8 +27,9 @@ FREE = (
     *("logger", "callbacks", "evaluation", "sampling", "tokenizer_ckpt", "init_from"),
     *("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator"),
     *("trainer.log_every_n_steps", "trainer.enable_model_summary"),
-    *("datamodule.num_workers", "datamodule.pin_memory", "datamodule.val_batch_size"),
-    *("num_threads", "data.root"),
+    *("datamodule.num_workers", "datamodule.pin_memory", "datamodule.prefetch"),
+    *("datamodule.val_batch_size", "num_threads", "data.root"),
+    "tokens",  # how many views there are is in the plan of the stage, see `fit_stage`
 )
 # Of a stage, by the end of the key.
 FREE_OF_A_STAGE = (".save_every", ".module.micro_batch", ".module.weights")

@@ -45,6 +45,14 @@ def sync(path: str | os.PathLike) -> None:
         os.close(handle)
 
 
+def amount(num_bytes: int) -> str:
+    """Bytes as a person reads them; a GB is 10^9."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes / 1000:,.1f} kB"
+
+
 # -- seals ----------------------------------------------------------------------------------
 
 SEAL = b"sha256:"
@@ -62,6 +70,13 @@ def seal(path: str | os.PathLike) -> None:
         file.seek(-2, os.SEEK_END)
         file.write(SEAL_LENGTH.to_bytes(2, "little"))
         file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.write(SEAL + digest.encode())
+
+
+def append_seal(path: str | os.PathLike) -> None:
+    """Put the SHA-256 of a file behind it, for forms whose readers do not mind."""
+    with open(path, "r+b") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.write(SEAL + digest.encode())
 

@@ -54,6 +54,8 @@ OWN: dict[str, Any] = {
         f"evaluation.{name}": int
         for name in ("num_samples", "num_samples_per_scale", "num_samples_val", "batch_size")
     },
+    **{f"tokens.{name}": int for name in ("views", "batch_size")},
+    "tokens.dir": Word | None,
     "evaluation.num_reconstructions_val": int | None,
     "evaluation.num_reference": int | None,
     "evaluation.network": Callable,
@@ -65,7 +67,7 @@ OWN: dict[str, Any] = {
         for name in ("num_splits", "kid_subsets", "kid_subset_size", "num_neighbours", "seed")
     },
     "evaluation.expected": dict[str, dict[str, list[float]] | None],
-    **dict.fromkeys(("scales", "sampling", "evaluation", "data"), dict[str, Any]),
+    **dict.fromkeys(("scales", "sampling", "evaluation", "data", "tokens"), dict[str, Any]),
     "evaluation.scores": dict[str, Any],
 }
 Part = Callable[..., Any]

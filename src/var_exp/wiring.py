@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from var_exp.data import ImageDataModule, ImageSource
+from var_exp.data import ImageDataModule, ImageSource, TokenCache
 from var_exp.evaluation import ScoreSettings
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.processes import check_tasks, given_by_torchrun
@@ -22,10 +22,19 @@ from var_exp.sampling import check_settings
 from var_exp.scales import ScaleSchedule
 from var_exp.sources import read_tokenizer
 from var_exp.tokenizer import VQVAE
-from var_exp.training.fit import check_precision
+from var_exp.training.encoding import cache_key
+from var_exp.training.fit import ALL, check_precision
 from var_exp.training.stage import StageModule
 from var_exp.transfer import warm_start_from
 from var_exp.transformer import VAR
+
+TRAINED = ("tokenizer", "var")
+STAGES = ("tokenizer", "tokens", "var")  # `tokens` encodes the images, and trains nothing
+
+
+def trained(cfg: DictConfig) -> list[str]:
+    """The stages that train a network."""
+    return [stage for stage in cfg.stages if stage in TRAINED]
 
 
 def check_choices(cfg: DictConfig) -> None:
@@ -35,14 +44,29 @@ def check_choices(cfg: DictConfig) -> None:
 
 
 def check_stages(cfg: DictConfig) -> None:
-    if list(cfg.stages) not in (["tokenizer", "var"], ["tokenizer"], ["var"]):
+    if not cfg.stages or list(cfg.stages) != [stage for stage in STAGES if stage in cfg.stages]:
         raise ValueError(
-            f"stages: expected [tokenizer,var], [tokenizer] or [var], got {list(cfg.stages)}"
+            f"stages: expected [tokenizer,tokens,var] or some of them in this order, got "
+            f"{list(cfg.stages)}"
         )
     if cfg.tokenizer_ckpt and "tokenizer" in cfg.stages:
         raise ValueError(
             f"tokenizer_ckpt: {cfg.tokenizer_ckpt!r} would be ignored, since stages has the "
             f"tokenizer; use 'stages=[var]' to train on it, or leave it out"
+        )
+
+
+def check_tokens(cfg: DictConfig) -> None:
+    for name in ("views", "batch_size"):
+        if cfg.tokens[name] < 1:
+            raise ValueError(
+                f"tokens: {name} must be at least 1, got {cfg.tokens[name]} (tokens.{name})"
+            )
+    corrupt = cfg.model.var.module.get("corrupt", 0)
+    if "tokens" in cfg.stages and corrupt > 0:
+        raise ValueError(
+            f"tokens: model.var.module.corrupt={corrupt} chooses codes anew, which takes the "
+            f"images; set it to 0, or leave tokens out of stages, now {list(cfg.stages)}"
         )
 
 
@@ -58,10 +82,11 @@ def check_evaluation(cfg: DictConfig) -> None:
 
 
 def check_objective(cfg: DictConfig) -> None:
-    if cfg.objective and cfg.objective.partition("/")[0] not in cfg.stages:
+    stages = trained(cfg)
+    if cfg.objective and cfg.objective.partition("/")[0] not in stages:
         raise ValueError(
-            f"objective: expected a metric of one of the stages {list(cfg.stages)}, such as "
-            f"{cfg.stages[-1]}/loss, got {cfg.objective!r}"
+            f"objective: expected a metric of one of the stages {stages}, such as "
+            f"{(stages or TRAINED)[-1]}/loss, got {cfg.objective!r}"
         )
 
 
@@ -69,13 +94,14 @@ def check_parts(cfg: DictConfig) -> None:
     """Raise what callbacks and loggers raise that cannot be made."""
     for entry in (
         *cfg.logger.values(),
-        *(c for s in cfg.stages for c in cfg.callbacks[s].values()),
+        *(c for s in trained(cfg) for c in cfg.callbacks[s].values()),
     ):
         instantiate(entry)
 
 
 CHOICES = (
     check_stages,
+    check_tokens,
     check_evaluation,
     check_objective,
     check_parts,
@@ -103,7 +129,23 @@ def course(cfg: DictConfig, stage: str, source: ImageSource) -> dict[str, Any]:
         "seed": cfg.seed,
         "resume": cfg.resume,
         "save_every": model.save_every,
+        "views": views_of(cfg, source, model.batch_size * num_batches) if stage == "var" else ALL,
     }
+
+
+def views_of(cfg: DictConfig, source: ImageSource, num_seen: int) -> int | str:
+    """How many views each training image has: "all" where every epoch has its own, or needs none.
+
+    Args:
+        num_seen: images that stage two sees, one as often as it comes.
+    """
+    cached = "tokens" in cfg.stages and source.varies
+    return cfg.tokens.views if cached and cfg.tokens.views < epochs(source, num_seen) else ALL
+
+
+def epochs(source: ImageSource, num_images: int) -> int:
+    """The epochs that so many images begin."""
+    return math.ceil(num_images / len(source.train))
 
 
 def make_data(cfg: DictConfig) -> ImageDataModule:
@@ -159,7 +201,29 @@ def make_modules(cfg: DictConfig, source: ImageSource, tokenizer: VQVAE) -> dict
             "tokenizer": tokenizer,
             "transformer": make_transformer(cfg, source, tokenizer),
         }
-    return {stage: make_module(cfg, stage, networks[stage]) for stage in cfg.stages}
+    return {stage: make_module(cfg, stage, networks[stage]) for stage in trained(cfg)}
+
+
+def place_of_tokens(cfg: DictConfig, run_dir: Path) -> Path:
+    return Path(cfg.tokens.dir or run_dir / "tokens")
+
+
+def make_cache(
+    cfg: DictConfig, data: ImageDataModule, tokenizer: VQVAE, run_dir: Path, known: bool
+) -> TokenCache:
+    """The files of the codes that stage two trains from, which need not be there.
+
+    It has no more views than stage two has epochs, and one where all epochs are alike.
+
+    Args:
+        known: whether the tokenizer is the one that encodes, or only one like it.
+    """
+    source, ours = data.source, course(cfg, "var", data.source)
+    begun = epochs(source, ours["batch_size"] * ours["num_batches"]) if source.varies else 1
+    described = OmegaConf.to_container(cfg.data, resolve=True)
+    fingerprint = tokenizer.fingerprint() if known else None
+    key = cache_key(source, described, data.seed, tokenizer, fingerprint)
+    return TokenCache(place_of_tokens(cfg, run_dir), key, min(cfg.tokens.views, max(1, begun)))
 
 
 def make_module(cfg: DictConfig, stage: str, networks: Mapping[str, nn.Module]) -> StageModule:

@@ -6,12 +6,14 @@ from var_exp.data.image_folder import ImageFolder
 from var_exp.data.sampler import GlobalBatchSampler
 from var_exp.data.shapes import Shapes
 from var_exp.data.shards import Shards
-from var_exp.data.source import Batch, ImageSource
+from var_exp.data.source import Batch, CodeBatch, ImageSource
+from var_exp.data.token_files import TokenCache
 from var_exp.data.torchvision_sets import CIFAR10, MNIST
 
 __all__ = [
     "Batch",
     "CIFAR10",
+    "CodeBatch",
     "Digits",
     "GlobalBatchSampler",
     "ImageDataModule",
@@ -20,4 +22,5 @@ __all__ = [
     "MNIST",
     "Shapes",
     "Shards",
+    "TokenCache",
 ]

@@ -4,8 +4,11 @@
 built when Lightning asks for them, from the trainer's rank and world size. One Lightning
 epoch is the whole stage, so the training loader has `num_batches` batches and is iterated
 once. Whatever is random about an item comes from (seed, epoch, index), so neither the
-number of workers nor an interruption changes it.
+number of workers nor an interruption changes it. Where the images were encoded beforehand
+(`codes`), codes take their places in batches, of the same images in the same order.
 """
+
+from collections.abc import Iterable
 
 import lightning as L
 import torch
@@ -13,17 +16,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from var_exp.data.sampler import GlobalBatchSampler
-from var_exp.data.source import Batch, ImageSource, RawImage, rng_for
+from var_exp.data.source import Batch, CodeBatch, ImageSource, RawImage, rng_for
+from var_exp.data.token_files import TokenCache
+from var_exp.data.tokens import TrainCodes, ValCodes
+from var_exp.data.workers import AUTO, check_loading, number_of_workers
 from var_exp.interruption import ignore_signals
 
 
 class ImageDataModule(L.LightningDataModule):
-    """Serves a source's images as `Batch`es.
+    """Serves a source's images as `Batch`es, or their codes as `CodeBatch`es.
 
     seed:           of the order of images and of their augmentation
-    num_workers:    processes that load ahead; 0 loads in the training process, which is
-                    fastest for small sets that live in memory
-    pin_memory:     page-locked batches, for faster copies to a GPU
+    num_workers:    processes that load ahead; 0 loads in the training process. "auto": a number
+                    that fits the machine where images are costly, else 0
+    pin_memory:     page-locked batches, for faster copies to a GPU. "auto": where there is one
+    prefetch:       batches that each of those processes has ready at most; they take memory
     val_batch_size: images per validation batch of one process
     """
 
@@ -31,19 +38,23 @@ class ImageDataModule(L.LightningDataModule):
         self,
         source: ImageSource,
         seed: int = 0,
-        num_workers: int = 0,
-        pin_memory: bool = False,
+        num_workers: int | str = 0,
+        pin_memory: bool | str = False,
+        prefetch: int = 4,
         val_batch_size: int = 64,
     ):
         super().__init__()
+        check_loading(num_workers, pin_memory, prefetch)
         self.source = source
         self.seed = seed
         self.num_workers = num_workers
         self.pin_memory = pin_memory
+        self.prefetch = prefetch
         self.val_batch_size = val_batch_size
         self.batch_size: int | None = None
         self.num_batches: int | None = None
         self.start_batch = 0
+        self.codes: TokenCache | None = None  # whole, of this source and this seed
 
     def plan(self, batch_size: int, num_batches: int) -> None:
         """States the coming stage: its global batch size, and its length in batches."""
@@ -76,24 +87,48 @@ class ImageDataModule(L.LightningDataModule):
             start_batch=self.start_batch,
             order=self.source.order,
         )
-        return self._loader(TrainItems(self.source, self.seed), batch_sampler=sampler)
+        if self.codes is None:
+            items = TrainItems(self.source, self.seed)
+        else:
+            items = TrainCodes(self.codes, stride_of(self.source))
+        return self._loader(items, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
         """The whole validation set in order, every world_size-th image from the rank-th."""
-        items = ValItems(self.source)
+        items = ValItems(self.source) if self.codes is None else ValCodes(self.codes)
         shard = Subset(items, range(self.rank, len(items), self.world_size))
         return self._loader(shard, batch_size=self.val_batch_size, shuffle=False)
 
+    def encoding_loader(self, batches: Iterable[list[tuple[int | None, int]]]) -> DataLoader:
+        """Batches of (view, index): images as a view shows them, those of validation for None."""
+        items = ShownItems(self.source, self.seed)
+        own = torch.Generator()  # or the global one would draw a number more
+        return self._loader(items, batch_sampler=batches, generator=own)
+
     def _loader(self, items: Dataset, **options) -> DataLoader:
+        num_workers = self._num_workers()
         return DataLoader(
             items,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=self.pin_memory,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            prefetch_factor=self.prefetch if num_workers > 0 else None,
+            pin_memory=self._pins(),
             worker_init_fn=ignore_signals,
             collate_fn=collate,
             **options,
         )
+
+    def _num_workers(self) -> int:
+        if self.num_workers != AUTO:
+            return self.num_workers
+        processes = self.trainer.num_devices if self.trainer else 1
+        costly = self.source.costly and self.codes is None
+        return number_of_workers(AUTO, processes) if costly else 0
+
+    def _pins(self) -> bool:
+        if self.pin_memory != AUTO:
+            return self.pin_memory
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
 
 class TrainItems(Dataset):
@@ -103,7 +138,7 @@ class TrainItems(Dataset):
         self.source, self.seed = source, seed
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int, int]]:
-        stride = len(self.source.train) if self.source.endless else 0
+        stride = stride_of(self.source)
         numbers = [epoch * stride + index for epoch, index in keys]
         return [
             (self.source.train_transform(image, rng_for(self.seed, *key)), label, number)
@@ -129,6 +164,23 @@ class ValItems(Dataset):
         ]
 
 
+class ShownItems(Dataset):
+    """Images by (view, index), where epoch v shows view v; validation images for the view None."""
+
+    def __init__(self, source: ImageSource, seed: int):
+        self.train, self.val = TrainItems(source, seed), ValItems(source)
+
+    def __getitems__(self, keys: list[tuple[int | None, int]]) -> list[tuple[Tensor, int, int]]:
+        if keys[0][0] is None:
+            return self.val.__getitems__([index for _, index in keys])
+        return self.train.__getitems__(keys)
+
+
+def stride_of(source: ImageSource) -> int:
+    """By how much the number of image i grows from one epoch to the next."""
+    return len(source.train) if source.endless else 0
+
+
 def read(dataset: Dataset, indices: list[int]) -> list[tuple[RawImage, int]]:
     """The raw items, all at once where the dataset is quicker that way."""
     if hasattr(dataset, "__getitems__"):
@@ -136,6 +188,8 @@ def read(dataset: Dataset, indices: list[int]) -> list[tuple[RawImage, int]]:
     return [dataset[index] for index in indices]
 
 
-def collate(items: list[tuple[Tensor, int, int]]) -> Batch:
+def collate(items: list[tuple[Tensor, int, int]] | CodeBatch) -> Batch | CodeBatch:
+    if isinstance(items, CodeBatch):
+        return items  # a batch at once
     images, labels, indices = zip(*items, strict=True)
     return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))

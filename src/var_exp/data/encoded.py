@@ -43,6 +43,7 @@ class EncodedSource(ImageSource):
     seed:         of the split
     """
 
+    costly = True
     #: The option that says where the images are; messages name it.
     place_option = "data.root=DIR"
 

@@ -94,6 +94,11 @@ class Shapes(ImageSource):
         self.num_val = num_val
         self.seed = seed
 
+    @property
+    def costly(self) -> bool:
+        """Large shapes take as long to draw as photographs take to decode."""
+        return math.prod(self.image_size) > 64**2
+
     def load(self) -> tuple["ShapeImages", "ShapeImages"]:
         return (
             ShapeImages(self.image_size, self.num_train, self.seed, SPLITS["train"]),

@@ -31,6 +31,14 @@ class Batch(NamedTuple):
     indices: Tensor  # (B,) int64
 
 
+class CodeBatch(NamedTuple):
+    """The same, seen through a tokenizer: codes in the place of images."""
+
+    codes: Tensor  #   (B, L) int64
+    labels: Tensor  #  (B,) int64
+    indices: Tensor  # (B,) int64
+
+
 RawImage = Tensor | Image.Image  # uint8 (C, h, w), or PIL
 
 
@@ -48,6 +56,9 @@ class ImageSource:
 
     #: Sets that never repeat: image `epoch * len(train) + index` is a new one every epoch.
     endless: bool = False
+    #: Whether making an image ready takes about a millisecond or more, as decoding does, so that
+    #: processes which load ahead pay. Sets that lie in memory need none.
+    costly: bool = False
     #: (B, C, H, W) in [-1, 1] -> (B,) class shown, -1 for none; or None: pixels cannot tell.
     judge: Callable[[Tensor], Tensor] | None = None
     #: How validation images are cut out of larger ones, where they are; figures carry its name.
@@ -73,6 +84,16 @@ class ImageSource:
     def num_classes(self) -> int:
         """Number of classes; 0 means unconditional."""
         return len(self.class_names)
+
+    @property
+    def augments(self) -> bool:
+        """Whether a training image may look otherwise in another epoch."""
+        return type(self).train_transform is not ImageSource.train_transform
+
+    @property
+    def varies(self) -> bool:
+        """Whether an epoch may show something else than another one."""
+        return self.endless or self.augments
 
     @property
     def bad_images(self) -> set[str]:

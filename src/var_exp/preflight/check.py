@@ -13,6 +13,7 @@ import torch
 
 from var_exp.cli import table
 from var_exp.data import ImageSource
+from var_exp.files import amount
 from var_exp.preflight.findings import Findings
 from var_exp.preflight.images import Looked, balance_of, look
 from var_exp.preflight.job import Job
@@ -24,7 +25,7 @@ from var_exp.preflight.place import (
     free_bytes,
     nearest,
 )
-from var_exp.preflight.report import amount, balance_row, looked_row
+from var_exp.preflight.report import balance_row, looked_row
 from var_exp.preflight.stages import check_stages
 from var_exp.training.wandb_logger import ContinuedWandbLogger, mode_of
 

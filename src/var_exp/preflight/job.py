@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from var_exp.data import ImageSource
+from var_exp.data import ImageDataModule, ImageSource, TokenCache
 from var_exp.tokenizer import VQVAE
 from var_exp.training.stage import StageModule
 from var_exp.transformer import VAR
@@ -27,6 +27,7 @@ class Job(NamedTuple):
     trainer: arguments of the Trainer; `strategy` a name, or a mapping with a `_target_`.
     loggers: by their names.
     places: folders that are written to, the run folder first; they need not exist yet.
+    cache: the files of codes, for images and a tokenizer.
     samples: drawn at once in validation.
     seed, num_workers: of the images that are looked at.
     everything: look at all images, however long it takes.
@@ -45,6 +46,7 @@ class Job(NamedTuple):
     trainer: Mapping[str, Any]
     loggers: Mapping[str, Any]
     places: Sequence[Path]
+    cache: Callable[[ImageDataModule, VQVAE], TokenCache]
     samples: int
     seed: int
     num_workers: int

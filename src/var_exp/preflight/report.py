@@ -2,16 +2,9 @@
 
 import math
 
+from var_exp.files import amount
 from var_exp.preflight.images import Balance, Looked
 from var_exp.preflight.memory import Devices, Needs, Parameters
-
-
-def amount(num_bytes: int) -> str:
-    """Bytes as a person reads them; a GB is 10^9."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:,.1f} {unit}"
-    return f"{num_bytes / 1000:,.1f} kB"
 
 
 def millions(number: int) -> str:

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 from torch import nn
 
 from var_exp.cli import table
-from var_exp.data import ImageSource
+from var_exp.data import ImageDataModule, ImageSource
+from var_exp.files import amount
 from var_exp.preflight.findings import Findings
 from var_exp.preflight.job import Job
 from var_exp.preflight.memory import (
@@ -17,7 +18,9 @@ from var_exp.preflight.memory import (
     parameters_of,
     ready,
 )
-from var_exp.preflight.report import amount, course_rows, memory_rows, network_rows
+from var_exp.preflight.place import check_writable, free_bytes
+from var_exp.preflight.report import course_rows, memory_rows, network_rows
+from var_exp.tokenizer import VQVAE
 from var_exp.training.stage import StageModule
 
 NETWORKS = {"tokenizer": ("tokenizer",), "var": ("tokenizer", "transformer")}  # of each stage
@@ -35,6 +38,8 @@ def check_stages(
     """
     networks, needs = build_networks(job, source, found), {}
     for stage in job.stages:
+        if stage == "tokens" and "tokenizer" in networks and source.train is not None:
+            found.attempt(check_tokens, job, source, networks["tokenizer"], found)
         if not set(NETWORKS.get(stage, ("unknown",))) <= set(networks):
             continue  # the reason was noted
         chosen = {name: networks[name] for name in NETWORKS[stage]}
@@ -64,7 +69,7 @@ def check_stage(
     """One stage, and the table of what it takes; None where its batches are wrong."""
     num_images = None if source.train is None else len(source.train)
     # Without images the lengths of a course in epochs are meaningless, and all else is as it is.
-    images = source if num_images else SimpleNamespace(train=range(1))
+    images = source if num_images else SimpleNamespace(train=range(1), varies=False)
     course = found.attempt(job.course, module.stage, images)
     if course is None:
         return None
@@ -96,6 +101,27 @@ def check_stage(
         check_memory(module, needs, memory, found)
     print(table(f"stage {module.stage}", rows), end="\n\n", flush=True)
     return needs
+
+
+def check_tokens(job: Job, source: ImageSource, tokenizer: VQVAE, found: Findings) -> None:
+    """The codes that stage two trains from, and the table of what they take."""
+    cache = job.cache(ImageDataModule(source, job.seed), tokenizer)
+    found.attempt(cache.check)
+    found.attempt(check_writable, cache.folder)
+    free = free_bytes(cache.folder)
+    rows = {
+        "images": cache.sizes,
+        "codes of an image": f"{cache.length:,} of {cache.dtype['codes'].base.itemsize} bytes",
+        "on the disk": amount(cache.num_bytes),
+        "free disk": f"{amount(free)} at {cache.folder}",
+    }
+    if cache.num_bytes > free:
+        found.error(
+            f"tokens: the codes take {amount(cache.num_bytes)}, {amount(free)} are free at "
+            f"{str(cache.folder)!r}; make room, take fewer views (tokens.views, now "
+            f"{cache.views}), or choose another folder (tokens.dir=...)"
+        )
+    print(table("stage tokens", rows), end="\n\n", flush=True)
 
 
 def divides(batch_size: int, devices: Devices, stage: str, found: Findings) -> bool:

@@ -43,6 +43,7 @@ UNFIT_ADVICE = (
     "FSDP2-wrapped module",  # nobody changes what a sharded module returns
 )
 
+VIEWS, ALL = "tokens.views", "all"
 PRECISIONS = ("32-true", "bf16-mixed")
 
 
@@ -71,6 +72,7 @@ def fit_stage(
     config: Mapping[str, Any] | None = None,
     resume: str = "auto",
     save_every: int | None = None,
+    views: int | str = ALL,
     interruption: Interruption | None = None,
 ) -> Fitted:
     """Train a module for `num_batches` global batches; leave its network with the best weights.
@@ -86,6 +88,7 @@ def fit_stage(
         config: of the whole run, as plain data: told to the loggers.
         resume: what to go on from, see `var_exp.training.saving.earlier`.
         save_every: batches between checkpoints besides those at validations.
+        views: how many each training image has, "all" where every epoch has its own.
         interruption: the signals of this process; None where nobody minds them.
 
     Raises:
@@ -94,7 +97,7 @@ def fit_stage(
     """
     folder = run_dir / module.stage
     lengths = (batch_size, num_batches, val_every)
-    found = check_stage(module, run_dir, *lengths, seed, resume, save_every)
+    found = check_stage(module, run_dir, *lengths, seed, resume, save_every, views)
     interruption = interruption or Interruption()
     if resume == "never" and is_started_first():
         forget(run_dir, module.stage)
@@ -106,7 +109,7 @@ def fit_stage(
         path, finished = found.path, is_finished(found.content)
         seconds = progress_in(found.content)["seconds"]
         del found  # or the whole checkpoint would stay in memory
-    progress = BatchProgress(make_plan(seed, batch_size, num_batches))
+    progress = BatchProgress(make_plan(seed, batch_size, num_batches, views))
     datamodule.plan(batch_size, num_batches)
     with quiet():
         runner = trainer(
@@ -154,6 +157,7 @@ def check_stage(
     seed: int,
     resume: str = "auto",
     save_every: int | None = None,
+    views: int | str = ALL,
 ) -> Found | None:
     """Find what `fit_stage` would refuse, as far as it can be known before earlier stages ran.
 
@@ -176,12 +180,13 @@ def check_stage(
     if found is None:
         return None
     module.check_networks(found.content)
-    ours = make_plan(seed, batch_size, num_batches)
-    for name, value in progress_in(found.content)["plan"].items():
+    ours = make_plan(seed, batch_size, num_batches, views)
+    theirs = {VIEWS: ALL} | progress_in(found.content)["plan"]  # before there were token caches
+    for name, value in theirs.items():
         if ours[name] != value:
             raise ValueError(
                 f"resume: the run was started with {name} {value}, now it is {ours[name]}; its "
-                f"schedules and order of images depend on it: keep it, or start in a new run "
+                f"schedules and images depend on it: keep it, or start in a new run "
                 f"folder (run_dir=...), or anew (resume=never)"
             )
     return found
@@ -207,9 +212,12 @@ def check_share(stage: str, batch_size: int, trainer: L.Trainer) -> None:
         )
 
 
-def make_plan(seed: int, batch_size: int, num_batches: int) -> dict[str, int]:
+def make_plan(
+    seed: int, batch_size: int, num_batches: int, views: int | str
+) -> dict[str, int | str]:
     """What a batch depends on besides its number."""
-    return {"seed": seed, "batch_size": batch_size, "num_batches": num_batches}
+    lengths = {"batch_size": batch_size, "num_batches": num_batches}
+    return {"seed": seed, **lengths, VIEWS: views}
 
 
 def use_best_weights(module: StageModule, folder: Path) -> None:

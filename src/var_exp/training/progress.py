@@ -20,11 +20,11 @@ class BatchProgress(Callback):
     """Count batches; seed and steer by that count.
 
     Args:
-        plan: seed, batch_size and num_batches: what a batch depends on besides its number. A
-            run continues under the same plan only.
+        plan: seed, batch_size, num_batches and tokens.views: what a batch depends on besides
+            its number. A run continues under the same plan only.
     """
 
-    def __init__(self, plan: dict[str, int]):
+    def __init__(self, plan: dict[str, int | str]):
         self.plan, self.seed = plan, plan["seed"]
         self.batch = 0
         self.earlier_seconds, self.started = 0.0, time.monotonic()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from var_exp.checkpoint import KEY, check_weights, describe
-from var_exp.data import Batch
+from var_exp.data import Batch, CodeBatch
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.training.average import averaged_copy, update_average
 from var_exp.training.loggers import log_scalars
@@ -234,7 +234,9 @@ class StageModule(ShardableModule):
             averaged = getattr(self, self.average_name)
             update_average(averaged, self.network, decay)
 
-    def conclude_batch(self, stepped: bool, terms: dict[str, Tensor], batch: Batch) -> None:
+    def conclude_batch(
+        self, stepped: bool, terms: dict[str, Tensor], batch: Batch | CodeBatch
+    ) -> None:
         """Called once after the steps of a batch: log it, and count those that were skipped.
 
         Not by Lightning's `self.log`, which keeps books on each value in each batch, while the

@@ -51,9 +51,10 @@ class Run:
 
     @property
     def stages(self) -> list[str]:
-        """Those that the run has or will have, in order."""
+        """Those that the run trains, in order."""
         named = self.get("stages", [])
         named = [str(stage) for stage in named] if isinstance(named, list) else []
+        named = [stage for stage in named if stage != "tokens"]  # nothing is trained in it
         seen = {*self.history, *(key.partition("/")[0] for key in self.metrics if "/" in key)}
         return [*named, *sorted(seen - set(named), key=lambda s: (s not in STAGES, s))]
 
