@@ -3,12 +3,12 @@
     python -m benchmarks.loading
 
 Writes the same JPEG files (noise smoothed to the size of photographs' files) in each form to a
-temporary folder, and takes the time per image of two things, in the order that training would
+temporary folder, and takes the time per image of three things, in the order that training would
 read them: reading the encoded bytes alone, with the operating system's cache emptied of the files
-before and without; and all of loading (reading, decoding, crop, batches) in one process. Forms take
-turns within a round, and ratios are taken within a round, so that whatever else the machine does
-meets all of them alike; medians over the rounds count. Also: packing, and the index of a set of
-ImageNet's size. Writes `benchmarks/results/loading.json` and prints the table.
+before and without; all of loading (reading, decoding, crop, batches) in one process; and the same
+in as many data workers as fit this machine, their start included. Forms take turns as
+`benchmarks/harness.py` says; seconds are those of an image. Also: packing, and the index of a set
+of ImageNet's size. Writes `benchmarks/results/loading.json` and prints the table.
 """
 
 import argparse
@@ -16,11 +16,12 @@ import io
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import datasets
 import numpy as np
@@ -29,17 +30,19 @@ import torch
 import webdataset
 from PIL import Image
 
-from benchmarks.harness import markdown, save
+from benchmarks import harness
+from benchmarks.harness import Candidate
 from var_exp.data import ImageDataModule, ImageFolder, Shards
 from var_exp.data.blocks import block_order
 from var_exp.data.encoded import EncodedImages, EncodedSource
 from var_exp.data.hugging_face import HuggingFace
 from var_exp.data.pack import pack
 from var_exp.data.shard_index import ROW, ShardIndex, read_index, write_index
-from var_exp.environment import machine
+from var_exp.data.workers import AUTO, number_of_workers
 
 IMAGENET = 1_281_167
 BATCH, SIZE, BUFFER = 32, 256, 512
+LIBRARIES = ("pillow", "datasets", "pyarrow", "webdataset")
 FOLDER = "image_folder"
 MAPPED = "hugging_face"  # of what is mapped into memory the system forgets nothing: no cold reads
 READERS: dict[str, Callable[[EncodedImages, int], bytes]] = {  # the encoded bytes of an image
@@ -110,21 +113,20 @@ def empty_cache(place: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def seconds_to_read(form: str, source: EncodedSource, seed: int, count: int) -> float:
-    order, read = source.order(seed, 0)[:count].tolist(), READERS[form]
+def seconds_to_read(form: str, source: EncodedSource, count: int) -> float:
+    order, read = source.order(0, 0)[:count].tolist(), READERS[form]
     began = time.perf_counter()
     for index in order:
         read(source.train, index)
     return (time.perf_counter() - began) / count
 
 
-def seconds_to_load(source: EncodedSource, seed: int, count: int) -> float:
-    loaders = ImageDataModule(source, seed=seed)
-    loaders.plan(BATCH, count // BATCH)
+def seconds_to_load(source: EncodedSource, num_workers: int | str, count: int) -> float:
+    loaders = ImageDataModule(source, num_workers=num_workers)
+    loaders.plan(BATCH, max(1, count // BATCH))
     began = time.perf_counter()
-    for _ in loaders.train_dataloader():
-        pass
-    return (time.perf_counter() - began) / (count // BATCH * BATCH)
+    seen = sum(len(batch.images) for batch in loaders.train_dataloader())
+    return (time.perf_counter() - began) / seen
 
 
 def seconds_of_webdataset(shards: Path, count: int) -> float:
@@ -137,23 +139,44 @@ def seconds_of_webdataset(shards: Path, count: int) -> float:
     return (time.perf_counter() - began) / count
 
 
-def one_round(place: Path, number: int, count: int) -> Iterator[tuple[str, str, float]]:
-    """(what, form, seconds an image)"""
+def measure(place: Path, count: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Seconds an image of each thing, by form; what is opened anew in each round keeps nothing."""
     made = sources(place)
-    names = list(made)
-    for i in range(len(names)):
-        form = names[(i + number) % len(names)]
-        if form != MAPPED:
-            empty_cache(place)
-            yield "read, cold cache", form, seconds_to_read(form, opened(made[form]), number, count)
-        source = opened(made[form])
-        seconds_to_read(form, source, number, count)
-        source = opened(made[form])  # with nothing kept
-        yield "read, warm cache", form, seconds_to_read(form, source, number, count)
-        yield "load", form, seconds_to_load(opened(made[form]), number, count // 4)
-    yield "read, warm cache", "webdataset's own", seconds_of_webdataset(place / "shards", count)
-    empty_cache(place)
-    yield "read, cold cache", "webdataset's own", seconds_of_webdataset(place / "shards", count)
+    ways = {form: lambda f=form: seconds_to_read(f, opened(made[f]), count) for form in made}
+    ways["webdataset's own"] = lambda: seconds_of_webdataset(place / "shards", count)
+
+    def cold(read: Callable[[], float]) -> float:
+        empty_cache(place)
+        return read()
+
+    def load(num_workers: int | str) -> dict[str, Callable[[], float]]:
+        return {
+            form: lambda f=form: seconds_to_load(opened(made[f]), num_workers, count // 4)
+            for form in made
+        }
+
+    return {
+        "read, cold cache": compare(
+            {form: lambda r=read: cold(r) for form, read in ways.items() if form != MAPPED}, rounds
+        ),
+        "read, warm cache": compare(ways, rounds),
+        "load": compare(load(0), rounds),
+        "load, data workers": compare(load(AUTO), rounds),
+    }
+
+
+class NoLimits:
+    """A processor and its memory are not what reading is measured by."""
+
+    def measure(self) -> dict[str, float]:
+        return {}
+
+
+def compare(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, Any]:
+    """What the harness finds of ways that take their own times."""
+    candidates = [Candidate(form, way, "uint8") for form, way in ways.items()]
+    taken = harness.interleave(candidates, NoLimits(), rounds, lambda way: way())
+    return {"candidates": harness.summary(candidates, taken), "rounds": taken}
 
 
 def index_of_imagenet(place: Path) -> dict[str, float]:
@@ -177,33 +200,12 @@ def index_of_imagenet(place: Path) -> dict[str, float]:
     return {"megabytes": size / 1e6, **{f"{k}_seconds": median(v) for k, v in took.items()}}
 
 
-def summary(rounds: list[dict[tuple[str, str], float]]) -> dict[str, dict[str, dict[str, float]]]:
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for what, form in rounds[0]:
-        ratios = [times[what, FOLDER] / times[what, form] for times in rounds]
-        found.setdefault(what, {})[form] = {
-            "milliseconds": 1000 * median(times[what, form] for times in rounds),
-            "times_as_fast": median(ratios),
-            "times_as_fast_range": [min(ratios), max(ratios)],
-        }
-    return found
-
-
-def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
-    rows = [["", "form", "ms an image", "times as fast as image_folder"]]
-    for what, forms in found.items():
-        for form, row in forms.items():
-            low, high = row["times_as_fast_range"]
-            ratio = f"{row['times_as_fast']:.2f} ({low:.2f} to {high:.2f})"
-            rows.append([what, form, f"{row['milliseconds']:.3g}", ratio])
-    return markdown(rows)
-
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=2000, help="images")
     parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
+    parser.add_argument("--results", default=str(harness.RESULTS), help="folder of the results")
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
@@ -215,23 +217,19 @@ def main() -> None:
         packing = (time.perf_counter() - began) / args.count
         write_parquet(place / "folder", place / "parquet")
         bytes_ = sum(path.stat().st_size for path in (place / "folder").rglob("*.jpg"))
-        count = int(0.85 * args.count)  # a tenth is set aside to validate on
-        rounds = [
-            {(what, form): seconds for what, form, seconds in one_round(place, number, count)}
-            for number in range(args.rounds)
-        ]
+        # A tenth is set aside to validate on.
+        found = measure(place, int(0.85 * args.count), args.rounds)
         index = index_of_imagenet(place / "imagenet")
-    libraries = {name: version(name) for name in ("pillow", "datasets", "pyarrow", "webdataset")}
-    about = {
-        "machine": machine() | {"libraries": libraries, "threads": 1},
-        "images": {"count": args.count, "kilobytes": bytes_ / args.count / 1000, "size": SIZE},
-        "rounds": args.rounds,
-        "results": summary(rounds),
+    about = harness.about(args) | {
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "data_workers": number_of_workers(AUTO),
+        "kilobytes_of_an_image": bytes_ / args.count / 1000,
+        "results": found,
         "packing_milliseconds": 1000 * packing,
         "index_of_imagenet": index,
     }
-    save("loading", about)
-    print(table(about["results"]))
+    harness.save("loading", about, Path(args.results))
+    print(harness.table(found))
 
 
 if __name__ == "__main__":

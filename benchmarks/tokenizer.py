@@ -1,12 +1,13 @@
-"""How long the tokenizer takes: encoding and decoding, ours against the plain way.
+"""How long the tokenizer takes: encoding, decoding and training, ours against the plain way.
 
     python -m benchmarks.tokenizer --precision fp32
     python -m benchmarks.tokenizer --precision bf16
 
-Codes are always made in float32, as they are for training, so `--precision` is of the decoder
-alone; the plain way always computes in float32. Before anything is timed, images must have the same
-codes, but where two codes are equally near to within rounding, and codes the same images. Writes
-`benchmarks/results/tokenizer_<precision>.json`, and prints the table.
+Codes are always made in float32, as they are for training, so `--precision` is of the decoder and
+of the tokenizer's own training; the plain way always computes in float32. Before anything is timed,
+images must have the same codes, but where two codes are equally near to within rounding, codes the
+same images, and a training step the same loss and gradients (`benchmarks/tokenizer_training.py`).
+Writes `benchmarks/results/tokenizer_<precision>.json`, and prints the table.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import harness
+from benchmarks import harness, tokenizer_training
 from benchmarks.baseline import PlainTokenizer
 from benchmarks.harness import Candidate, Unequal, check_close, in_precision
 from benchmarks.limits import Work, counted, fewest_bytes
@@ -112,7 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
     images = draw_images(args)
     checks, codes = check(plain, tokenizer, images, args.precision)
     found = measure(plain, tokenizer, images, codes, args)
-    harness.conclude(f"tokenizer_{args.precision}", args, found, checks)
+    steps, checks_of_steps = tokenizer_training.measure(tokenizer, images, args)
+    harness.conclude(f"tokenizer_{args.precision}", args, found | steps, checks | checks_of_steps)
 
 
 if __name__ == "__main__":

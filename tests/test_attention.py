@@ -1,6 +1,7 @@
 """Attention is the softmax written out, and a cache changes nothing but the time it takes."""
 
 import cmath
+import functools
 import math
 
 import pytest
@@ -10,14 +11,21 @@ from tiny import ODD_SCALES, SCALES, stir
 from var_exp.scales import ScaleSchedule
 from var_exp.transformer import KVCache
 from var_exp.transformer.attention import SelfAttention
+from var_exp.transformer.backends import attend_masked
 from var_exp.transformer.rope import rotation_of
 
 WIDTH, HEADS, HEAD_DIM = 24, 3, 8
 ALL = {"five": SCALES, **ODD_SCALES}
+to_all = functools.partial(attend_masked, None)
 
 
 def attention(qk_norm, **others):
     return stir(SelfAttention(WIDTH, HEADS, qk_norm, **others)).eval()
+
+
+def masked(levels):
+    """Attention under the dense mask of these levels."""
+    return functools.partial(attend_masked, levels[:, None] >= levels[None, :])
 
 
 def turned(vectors, places):
@@ -65,7 +73,7 @@ def test_masked_attention_is_the_written_out_softmax_over_coarser_and_equal_scal
     module = attention(qk_norm, softmax_scale=softmax_scale)
     levels = ScaleSchedule([1, 2, 3]).level_ids()
     x = torch.randn(2, len(levels), WIDTH)
-    out = module(x, mask=levels[:, None] >= levels[None, :])
+    out = module(x, masked(levels))
     expected = slow_attention(module, x, levels).float()
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
 
@@ -83,11 +91,10 @@ def test_rotary_attention_is_that_of_queries_and_keys_turned_one_by_one(qk_norm,
         for j in range(w)
     ]
     x = torch.randn(2, len(levels), WIDTH)
-    mask = levels[:, None] >= levels[None, :]
-    out = module(x, mask=mask, rotation=rotation_of(schedule, HEAD_DIM))
+    out = module(x, masked(levels), rotation_of(schedule, HEAD_DIM))
     expected = slow_attention(module, x, levels, places=torch.tensor(centres)).float()
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(out, module(x, mask=mask), atol=1e-3)
+    assert not torch.allclose(out, module(x, masked(levels)), atol=1e-3)
 
 
 @pytest.mark.parametrize("patch_nums", ALL.values(), ids=ALL)
@@ -97,10 +104,10 @@ def test_scale_by_scale_with_the_cache_equals_all_at_once_without(patch_nums, qk
     module, schedule = attention(qk_norm), ScaleSchedule(patch_nums)
     levels = schedule.level_ids()
     x = torch.randn(2, schedule.seq_len, WIDTH)
-    full = module(x, mask=levels[:, None] >= levels[None, :])
+    full = module(x, masked(levels))
     cache = KVCache(1, 2, HEADS, schedule.seq_len, HEAD_DIM, torch.float32, torch.device("cpu"))
     for where in schedule.slices:
-        out = module(x[:, where], cache=cache.layer(0), where=where)
+        out = module(x[:, where], cache.attend(0, where))
         torch.testing.assert_close(out, full[:, where], atol=1e-5, rtol=1e-4)
 
 
@@ -109,7 +116,9 @@ def test_the_layers_of_a_cache_do_not_touch_each_other_nor_what_is_not_written()
     cache = KVCache(3, 2, HEADS, 5, HEAD_DIM, torch.float32, torch.device("cpu"))
     cache.keys.fill_(7), cache.values.fill_(7)
     k, v = torch.randn(2, 2, HEADS, 4, HEAD_DIM)
-    keys, values = cache.layer(1).extend(k, v, slice(1, 5))
+    attend = cache.attend(1, slice(1, 5))
+    attend(k, k, v, 1.0, 0.0)
+    keys, values = attend.keys, attend.values
     assert keys.shape == values.shape == (2, HEADS, 5, HEAD_DIM)
     assert torch.equal(keys[:, :, 1:], k) and torch.equal(values[:, :, 1:], v)
     assert (cache.keys[[0, 2]] == 7).all() and (cache.values[[0, 2]] == 7).all()
@@ -121,7 +130,7 @@ def test_a_bias_of_the_keys_would_change_nothing_under_softmax():
     module, levels = attention(qk_norm=False), torch.zeros(6)
     x = torch.randn(2, 6, WIDTH)
     biased = slow_attention(module, x, levels, key_bias=3 * torch.randn(WIDTH))
-    torch.testing.assert_close(module(x), biased.float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(module(x, to_all), biased.float(), atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -133,7 +142,7 @@ def test_the_learned_scale_of_qk_norm_starts_at_4_and_is_limited_to_100():
 
     def at(scale):
         module.log_scale.fill_(math.log(scale))
-        return module(x)
+        return module(x, to_all)
 
     assert torch.equal(at(1000), at(100)) and torch.equal(at(101), at(100))
     assert not torch.allclose(at(90), at(100), atol=1e-6)
@@ -142,7 +151,7 @@ def test_the_learned_scale_of_qk_norm_starts_at_4_and_is_limited_to_100():
 def test_the_limit_cuts_the_gradient_of_a_scale_beyond_it():
     module = attention(qk_norm=True)
     module.log_scale.data[0, :, 0, 0] = torch.tensor([math.log(50), math.log(200), math.log(300)])
-    module(torch.randn(2, 6, WIDTH)).square().sum().backward()
+    module(torch.randn(2, 6, WIDTH), to_all).square().sum().backward()
     gradient = module.log_scale.grad.flatten()
     assert gradient[0] != 0 and (gradient[1:] == 0).all()
 
@@ -153,9 +162,9 @@ def test_with_qk_norm_the_length_of_queries_and_keys_does_not_matter():
     x = torch.randn(2, 6, WIDTH)
     for network, invariant in ((module, True), (plain, False)):
         network.q_bias.zero_()
-        before = network(x)
+        before = network(x, to_all)
         network.qkv.weight[: 2 * WIDTH] *= 3  # q and k, not v
-        assert torch.allclose(network(x), before, atol=1e-5) == invariant
+        assert torch.allclose(network(x, to_all), before, atol=1e-5) == invariant
 
 
 @pytest.mark.parametrize(("width", "num_heads"), [(10, 3), (8, 0), (8, 16)])
@@ -166,6 +175,6 @@ def test_a_width_that_the_heads_do_not_divide_is_refused(width, num_heads):
 
 def test_dropout_acts_in_training_only():
     module, x = attention(qk_norm=False, dropout=0.5), torch.randn(2, 6, WIDTH)
-    assert torch.equal(module(x), module(x))
+    assert torch.equal(module(x, to_all), module(x, to_all))
     module.train()
-    assert not torch.equal(module(x), module(x))
+    assert not torch.equal(module(x, to_all), module(x, to_all))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import harness, limits, sampling, tokenizer, training
+from benchmarks import harness, limits, loading, sampling, tokenizer, tokenizer_training, training
 from benchmarks.baseline import PlainTokenizer
 from benchmarks.harness import Candidate, Unequal
 from benchmarks.limits import Stopwatch, Work
@@ -73,6 +73,41 @@ def test_the_plain_way_takes_our_steps():
         torch.testing.assert_close(theirs[name], parameter, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_the_plain_way_trains_our_tokenizer(adversarial):
+    args = arguments()
+    images = draw_images(args)
+    plain, ours = tokenizer_training.pair(make_networks(args)[1], args, adversarial)
+    found = tokenizer_training.check(plain, ours, images)
+    differences = [value for name, value in found.items() if "difference" in name]
+    assert len(differences) == (4 if adversarial else 2) and max(differences) < 0.02
+    if adversarial:
+        assert ours.adversary.adaptive_weight > 0
+    plain, ours = tokenizer_training.pair(make_networks(args)[1], args, adversarial)
+    if not adversarial:  # or fakes of the plain way are those of the step before
+        losses = [
+            torch.stack([step(images) for _ in range(3)])
+            for step in (plain.training_step_plain, ours.training_step)
+        ]
+        assert losses[0][2] < losses[0][0]
+        torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
+
+
+def test_the_plain_way_makes_reconstructions_anew_for_the_discriminator_and_ours_does_not():
+    args = arguments()
+    images = draw_images(args)
+    pair = tokenizer_training.pair(make_networks(args)[1], args, adversarial=True)
+    seen = []
+    for one in pair:
+        for network in (one.tokenizer.decoder, one.discriminator):
+            network.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    pair[0].training_step_plain(images)
+    assert seen == [2, 2, 2, 2, 2]  # rebuilt, judged; rebuilt, images and reconstructions judged
+    seen.clear()
+    pair[1].training_step(images)
+    assert seen == [2, 2, 4]
+
+
 # -- no ratio of unequal things -----------------------------------------------------------
 
 
@@ -118,6 +153,22 @@ def test_gradients_that_differ_are_refused():
         ours.transformer.blocks[0].mlp.fc1.weight.mul_(1.01)
     with pytest.raises(Unequal, match="loss|gradient"):
         training.check(plain, ours, draw_codes(args), draw_labels(args))
+
+
+@pytest.mark.parametrize(
+    "named", ["loss of the deceiving", "gradient of the deceiving", "gradient of the discriminator"]
+)
+def test_a_tokenizer_that_learns_otherwise_is_refused(named):
+    args = arguments()
+    plain, ours = tokenizer_training.pair(make_networks(args)[1], args, adversarial=True)
+    if "loss" in named:
+        ours.adversary.weight *= 1.1
+    else:
+        wrong = ours.discriminator if "discriminator" in named else ours.tokenizer
+        for weight in wrong.parameters():
+            weight.register_hook(lambda gradient: 1.1 * gradient)
+    with pytest.raises(Unequal, match=named):
+        tokenizer_training.check(plain, ours, draw_images(args))
 
 
 def test_a_relative_difference_is_one_of_root_mean_squares():
@@ -258,6 +309,32 @@ def test_a_benchmark_checks_measures_and_keeps_what_it_found(benchmark, tmp_path
         assert first["name"].startswith("plain") and others
         assert len(result["rounds"]) == 2
     assert "| times as fast |" in capsys.readouterr().out
+
+
+def test_the_tokenizers_benchmark_has_steps_alone_and_against_a_discriminator(monkeypatch):
+    monkeypatch.setitem(tokenizer_training.PATCHGAN, "width", 8)
+    args = arguments("--precision", "bf16")
+    found, checks = tokenizer_training.measure(make_networks(args)[1], draw_images(args), args)
+    assert list(found) == list(tokenizer_training.STEPS)
+    for result in found.values():
+        plain, ours = result["candidates"]
+        assert (plain["precision"], ours["precision"]) == ("fp32", "bf16")
+        assert plain["work"] == ours["work"]
+    assert sum(name.endswith("bf16") for name in checks) == 2
+
+
+def test_loading_is_measured_in_every_form_and_without_a_limit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "IMAGENET", 20_000)
+    loading.main(["--count", "100", "--rounds", "2", "--results", str(tmp_path)])
+    found = json.loads((tmp_path / "loading.json").read_text())
+    assert found["machine"] and found["date"] and found["arguments"]["count"] == 100
+    forms = {what: [row["name"] for row in r["candidates"]] for what, r in found["results"].items()}
+    assert forms["load"] == forms["load, data workers"] == list(loading.READERS)
+    assert forms["read, warm cache"] == [*loading.READERS, "webdataset's own"]
+    assert set(forms["read, warm cache"]) - set(forms["read, cold cache"]) == {loading.MAPPED}
+    for result in found["results"].values():
+        assert all(min(times.values()) > 0 for times in result["rounds"])
+    assert "| image_folder |" in capsys.readouterr().out
 
 
 def test_training_in_bfloat16_is_compared_with_the_plain_way_in_float32(tmp_path, capsys):

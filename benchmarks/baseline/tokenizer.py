@@ -28,13 +28,26 @@ class PlainQuantizer(nn.Module):
         """Features (B, D, H, W) -> K tensors of codes (B, h_k * w_k)."""
         residual, indices = f, []
         for k in range(len(self.sizes)):
-            vectors = self.down(residual, k)  # (B, h_k * w_k, D)
-            flat = vectors.reshape(-1, vectors.shape[-1])
-            distances = flat.square().sum(1, keepdim=True) + self.weight.square().sum(1)
-            distances = distances - 2 * flat @ self.weight.T  # (B h_k w_k, V)
-            indices.append(distances.argmin(dim=1).view(len(f), -1))
+            indices.append(self.nearest(self.down(residual, k)))
             residual = residual - self.up(indices[-1], k)
         return indices
+
+    @torch.no_grad()
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Vectors (B, n, D) -> the codes nearest to them (B, n)."""
+        flat = vectors.reshape(-1, vectors.shape[-1])
+        distances = flat.square().sum(1, keepdim=True) + self.weight.square().sum(1)
+        distances = distances - 2 * flat @ self.weight.T  # (B n, V)
+        return distances.argmin(dim=1).view(len(vectors), -1)
+
+    def quantize(self, f: Tensor, beta: float = 0.25) -> tuple[Tensor, Tensor]:
+        """Features (B, D, H, W) -> those of their codes, straight-through, and the loss."""
+        residual, f_hat, loss = f.detach(), torch.zeros_like(f), f.new_zeros(())
+        for k in range(len(self.sizes)):
+            part = self.up(self.nearest(self.down(residual, k)), k)
+            f_hat, residual = f_hat + part, residual - part.detach()
+            loss = loss + beta * F.mse_loss(f_hat.detach(), f) + F.mse_loss(f_hat, f.detach())
+        return (f_hat - f).detach() + f, loss / len(self.sizes)
 
     def up(self, indices: Tensor, k: int) -> Tensor:
         """What the codes of scale k add to the reconstruction: (B, D, H, W)."""
@@ -82,6 +95,11 @@ class PlainTokenizer(nn.Module):
         state["quantizer.weight"] = state.pop("quantizer.codebooks.0.weight")
         state.pop("quantizer.started")  # says whether training has set the codes
         self.load_state_dict(state)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) in [-1, 1] -> reconstructions, not clamped, and the codes' loss."""
+        f_hat, loss = self.quantizer.quantize(self.quant_conv(self.encoder(images)))
+        return self.decoder(self.post_quant_conv(f_hat)), loss
 
     @torch.no_grad()
     def encode_plain(self, images: Tensor) -> list[Tensor]:

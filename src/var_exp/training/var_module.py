@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var_exp.data import Batch
+from var_exp.data import Batch, CodeBatch
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.ranks import from_first, own_part, world_size
 from var_exp.sampling import check_fit
@@ -24,6 +24,8 @@ from var_exp.training.progressive import ProgressiveScales, ScalesInTraining
 from var_exp.training.scaling_law import against_law
 from var_exp.training.stage import MakeOptimizer, StageModule
 from var_exp.transformer import VAR
+from var_exp.transformer.backends import AUTO, check_backend, chosen_backend
+from var_exp.transformer.var import Computing, call_block
 
 
 class Tokens(NamedTuple):
@@ -34,7 +36,7 @@ class Tokens(NamedTuple):
 
 
 class VARModule(StageModule):
-    """Train a `VAR` on images, seen through a frozen `VQVAE`.
+    """Train a `VAR` on images, seen through a frozen `VQVAE`, or on their codes.
 
     Args:
         transformer, tokenizer: the networks; the checkpoint holds both.
@@ -46,10 +48,13 @@ class VARModule(StageModule):
             Infinity, arXiv 2412.04431, weighs scales by a power of their size.)
         corrupt: share of the codes that are replaced at random in what the transformer reads;
             the codes of later scales are chosen anew, so that it learns to mend mistakes like
-            its own (bitwise self-correction, arXiv 2412.04431, section 3.3).
+            its own (bitwise self-correction, arXiv 2412.04431, section 3.3). Needs images.
         progressive: trains the first scales first; None trains all of them from the start.
         scaling_law: log the loss against the paper's scaling law, which holds for the
             published tokenizer on ImageNet.
+        attention: how training attends, see `var_exp.transformer.backends`.
+        recompute: see `var_exp.transformer.var.Computing`.
+        compile: compile the blocks, which takes half a minute and more at the first batch.
         others: see `StageModule`.
 
     Raises:
@@ -72,6 +77,9 @@ class VARModule(StageModule):
         corrupt: float = 0.0,
         progressive: ProgressiveScales | None = None,
         scaling_law: bool = False,
+        attention: str = AUTO,
+        recompute: float = 0.0,
+        compile: bool = False,
         **others: Any,
     ):
         super().__init__(optimizer, schedule, **others)
@@ -80,12 +88,19 @@ class VARModule(StageModule):
             ("label_drop", label_drop),
             ("label_smoothing", label_smoothing),
             ("corrupt", corrupt),
+            ("recompute", recompute),
         ):
             if not 0 <= share <= 1:
                 raise ValueError(
                     f"model.var: {name} must lie in [0, 1], got {share} (model.var.module.{name})"
                 )
+        check_backend(attention)
         self.transformer, self.tokenizer = transformer, tokenizer
+        self.transformer.computing = Computing(
+            attention,
+            recompute,
+            torch.compile(call_block, dynamic=False) if compile else call_block,
+        )
         self.label_drop, self.label_smoothing, self.corrupt = label_drop, label_smoothing, corrupt
         self.progressive, self.scaling_law = progressive, scaling_law
         schedule = transformer.schedule
@@ -113,6 +128,13 @@ class VARModule(StageModule):
         self.tokenizer.eval()
         return self
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        computing = self.transformer.computing
+        backend = chosen_backend(computing.attention, self.transformer.schedule.seq_len)
+        compiled = ", compiled" if computing.call is not call_block else ""
+        self.print(f"{self.stage}: attention by {backend}{compiled}")
+
     def final_scores(self, evaluator: Evaluator, folder: Path) -> dict[str, float]:
         return evaluator.conclude_var(self.evaluated, self.tokenizer, folder)
 
@@ -136,13 +158,13 @@ class VARModule(StageModule):
     def workload(self) -> str:
         return f"{self.scales.num_scales} scales"
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch | CodeBatch, batch_idx: int) -> Tensor:
         optimizer = self.optimizers()
-        parts = self.split(batch.images, self.drop_labels(batch.labels))
+        parts = self.split(shown_by(batch), self.drop_labels(batch.labels))
         total = 0.0
-        for i, (images, labels) in enumerate(parts):
+        for i, (shown, labels) in enumerate(parts):
             with self.turn(optimizer, last=i + 1 == len(parts)):
-                loss = self.loss(images, labels) * (len(images) / len(batch.images))
+                loss = self.loss(shown, labels) * (len(shown) / len(batch.labels))
                 self.manual_backward(loss)
             total = total + loss.detach()
         stepped = self.step(optimizer)
@@ -152,9 +174,9 @@ class VARModule(StageModule):
         self.conclude_batch(stepped, terms, batch)
         return terms["loss"]
 
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Weighted mean cross-entropy of the scales in training."""
-        tokens = self.read(images, self.corrupt)
+    def loss(self, shown: Tensor, labels: Tensor) -> Tensor:
+        """Weighted mean cross-entropy of the scales in training, on images or codes."""
+        tokens = self.read(shown, self.corrupt)
         n_first = self.transformer.schedule.num_tokens[0]
         length = self.transformer.schedule.slices[self.scales.num_scales - 1].stop
         logits = self.transformer(tokens.inputs[:, : length - n_first], labels)
@@ -177,22 +199,24 @@ class VARModule(StageModule):
         return labels.masked_fill(dropped, self.transformer.num_classes)
 
     @torch.no_grad()
-    def read(self, images: Tensor, corrupt: float = 0.0) -> Tokens:
-        """What the transformer reads of images, and what it should say."""
+    def read(self, shown: Tensor, corrupt: float = 0.0) -> Tokens:
+        """What the transformer reads of images (B, C, H, W) or codes (B, L), and should say."""
         quantizer = self.tokenizer.quantizer
         # In full precision, as the published training does: another rounding is another code.
-        with torch.autocast(images.device.type, enabled=False):
-            if corrupt == 0:
-                seen = targets = self.tokenizer.encode(images)
-            else:
-                features = self.tokenizer.features(images)
+        with torch.autocast(shown.device.type, enabled=False):
+            if corrupt > 0:
+                features = self.tokenizer.features(shown)
                 targets, seen = quantizer.encode_corrupted(features, corrupt)
+            elif shown.is_floating_point():
+                seen = targets = self.tokenizer.encode(shown)
+            else:
+                seen = targets = quantizer.schedule.split(shown)
             return Tokens(quantizer.teacher_forcing_input(seen), torch.cat(targets, dim=1))
 
     # -- validation -----------------------------------------------------------------------
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        tokens = self.read(batch.images)
+    def validation_step(self, batch: Batch | CodeBatch, batch_idx: int) -> None:
+        tokens = self.read(shown_by(batch))
         logits = self.evaluated(tokens.inputs, batch.labels)
         losses = token_losses(logits, tokens.targets)  # (B, L)
         hits = (logits.argmax(dim=-1) == tokens.targets).float()  # (B, L)
@@ -210,11 +234,17 @@ class VARModule(StageModule):
         self.log_dict(values, batch_size=len(tokens.targets), sync_dist=True)
 
 
+def shown_by(batch: Batch | CodeBatch) -> Tensor:
+    """The images (B, C, H, W) or the codes (B, L) of a batch."""
+    return batch.codes if isinstance(batch, CodeBatch) else batch.images
+
+
 def token_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of each token in nats: logits (B, L, V), targets (B, L) -> (B, L)."""
-    return F.cross_entropy(
-        logits.transpose(1, 2), targets, reduction="none", label_smoothing=label_smoothing
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=label_smoothing
     )
+    return losses.view_as(targets)
 
 
 def check_scale_weights(weights: Sequence[float] | None, num_scales: int) -> Tensor:

@@ -1,18 +1,20 @@
 """Block-causal self-attention and its cache.
 
 A token of scale k sees every token of scales 1..k (VAR, arXiv 2404.02905, section 3.1). In
-training all scales run at once under a mask; in sampling one scale at a time, its keys and
-values kept in a cache that is allocated once and handed in as an argument.
+training all scales run at once (`backends.py`); in sampling one scale at a time, its keys and
+values kept in a cache that is allocated once. How tokens see each other is handed in.
 
     B batch, L tokens, n tokens of this call, C width, H heads, E = C / H head dimension
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from var_exp.transformer.backends import Attend
 from var_exp.transformer.rope import rotate
 
 
@@ -38,21 +40,26 @@ class KVCache:
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
 
-    def layer(self, index: int) -> "LayerCache":
-        return LayerCache(self.keys[index], self.values[index])
+    def attend(self, index: int, where: slice) -> Attend:
+        """What the tokens at `where` see in a layer: themselves and all that it holds before."""
+        return CachedAttention(self.keys[index], self.values[index], where)
 
 
-class LayerCache:
-    """One layer's part of a `KVCache`: keys and values (B, H, L, E)."""
+class CachedAttention(NamedTuple):
+    """One layer's keys and values (B, H, L, E), and the place of the tokens that come."""
 
-    def __init__(self, keys: Tensor, values: Tensor):
-        self.keys, self.values = keys, values
+    keys: Tensor
+    values: Tensor
+    where: slice
 
-    def extend(self, k: Tensor, v: Tensor, where: slice) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, H, n, E) at `where`; return all up to its end."""
-        self.keys[:, :, where] = k
-        self.values[:, :, where] = v
-        return self.keys[:, :, : where.stop], self.values[:, :, : where.stop]
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
+        """Store k, v (B, H, n, E), and attend to all up to their end."""
+        end = self.where.stop
+        self.keys[:, :, self.where] = k
+        self.values[:, :, self.where] = v
+        return F.scaled_dot_product_attention(
+            q, self.keys[:, :, :end], self.values[:, :, :end], dropout_p=dropout, scale=scale
+        )
 
 
 class SelfAttention(nn.Module):
@@ -99,20 +106,13 @@ class SelfAttention(nn.Module):
         else:
             self.log_scale = None
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-        where: slice | None = None,
-        rotation: Tensor | None = None,
-    ) -> Tensor:
-        """Attend, either under a mask or to what a cache holds and these tokens.
+    def forward(self, x: Tensor, attend: Attend, rotation: Tensor | None = None) -> Tensor:
+        """Attend to whatever tokens are seen.
 
         Args:
             x: (B, n, C).
-            mask: (n, n), true where a query (row) sees a key; None sees all.
-            cache: extended by these tokens at `where`.
+            attend: queries, keys, values, scale, dropout -> (B, H, n, E); see `backends.py` and
+                `KVCache.attend`.
             rotation: (2, n, E / 2) of these tokens, from `rotation_of`. It comes after QK-norm,
                 which it leaves as it is; the cache holds turned keys.
 
@@ -129,12 +129,7 @@ class SelfAttention(nn.Module):
             k = F.normalize(k, dim=-1)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        if cache is not None:
-            k, v = cache.extend(k, v, where)  # (B, H, where.stop, E)
         rate = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=rate, scale=self.scale
-        )  # (B, H, n, E)
+        out = attend(q.to(v.dtype), k.to(v.dtype), v, self.scale, rate)  # (B, H, n, E)
         out = self.proj(out.transpose(1, 2).reshape(b, n, c))  # (B, n, C)
         return F.dropout(out, rate, self.training)

@@ -7,16 +7,19 @@ is the image as known after scale k - 1, resized to (h_k, w_k); the first scale 
     B batch, K scales, L tokens, n_k tokens of scale k, V codes, D code dimension, C width
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from var_exp.scales import ScaleSchedule, Side
 from var_exp.spec import recorded
 from var_exp.transformer.attention import KVCache, SelfAttention
+from var_exp.transformer.backends import AUTO, Attend, attend_whole
 from var_exp.transformer.block import (
     MLP,
     AdaLNBlock,
@@ -35,6 +38,35 @@ BLOCKS = {
 }
 MLPS = {"gelu": MLP, "swiglu": SwiGLU}
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
+
+def call_block(
+    block: Block,
+    x: Tensor,
+    vectors: tuple[Tensor, ...],
+    attend: Attend,
+    rotation: Tensor | None,
+) -> Tensor:
+    return block(x, vectors, attend=attend, rotation=rotation)
+
+
+class Computing(NamedTuple):
+    """How a whole forward is computed, which is no part of what is computed.
+
+    attention: "auto", or a backend by its name, see `backends.py`.
+    recompute: share of the blocks, in [0, 1] and evenly spread, whose activations are not kept for
+        the backward pass but computed anew (Chen et al., arXiv 1604.06174).
+    call: calls a block; `torch.compile` of it compiles all of them at once, and no key of a
+        checkpoint changes.
+    """
+
+    attention: str = AUTO
+    recompute: float = 0.0
+    call: Callable[..., Tensor] = call_block
+
+    def recomputes(self, block: int) -> bool:
+        """Whether the block of that number, from 0, is computed anew."""
+        return int((block + 1) * self.recompute) > int(block * self.recompute)
 
 
 class Condition(NamedTuple):
@@ -112,6 +144,7 @@ class VAR(nn.Module):
         self.width = 64 * depth if width is None else width
         self.num_heads = max(1, self.width // 64) if num_heads is None else num_heads
         self.dropout = nn.Dropout(dropout)
+        self.computing = Computing()
 
         self.class_embedding = nn.Embedding(num_classes + 1, self.width)
         self.code_projection = nn.Linear(code_dim, self.width)
@@ -159,9 +192,13 @@ class VAR(nn.Module):
         length = x.shape[1]
         self.schedule.num_scales_in(length)
         x = self.dropout(x + self.places(slice(0, length)))
-        mask, rotation = self.mask[:length, :length], self.rotation_at(slice(0, length))
-        for block, vectors in zip(self.blocks, condition.blocks, strict=True):
-            x = block(x, vectors, mask=mask, rotation=rotation)
+        computing, rotation = self.computing, self.rotation_at(slice(0, length))
+        attend = attend_whole(computing.attention, self.schedule, self.mask[:length, :length])
+        for i, (block, vectors) in enumerate(zip(self.blocks, condition.blocks, strict=True)):
+            call = computing.call
+            if torch.is_grad_enabled() and computing.recomputes(i):
+                call = functools.partial(checkpoint, call, use_reentrant=False)
+            x = call(block, x, vectors, attend, rotation)
         return self.head(x, condition.head)
 
     def forward_scale(
@@ -180,8 +217,7 @@ class VAR(nn.Module):
         x = x + self.places(where)  # (B, n_k, C)
         rotation = self.rotation_at(where)
         for i, block in enumerate(self.blocks):
-            seen = {"cache": cache.layer(i), "where": where, "rotation": rotation}
-            x = block(x, condition.blocks[i], **seen)
+            x = block(x, condition.blocks[i], attend=cache.attend(i, where), rotation=rotation)
         return self.head(x, condition.head)
 
     def condition(self, labels: Tensor) -> Condition:
@@ -227,7 +263,8 @@ class VAR(nn.Module):
         """
         weight = self.code_projection.weight
         device = weight.device.type
-        if dtype is None and torch.is_autocast_enabled(device):
+        available = torch.amp.is_autocast_available(device)  # not for tensors without content
+        if dtype is None and available and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         return KVCache(
             len(self.blocks),

@@ -1,0 +1,184 @@
+"""Ways to let a token of scale k see every token of scales 1..k, and no other.
+
+The dense mask says it plainly and computes all L x L pairs. The others compute the visible ones
+alone, 62 % of them at 256 pixels, and hold no mask:
+
+    mask        one call under a dense mask (L, L); what the others are tested against
+    segments    a call for each scale, whose queries see all keys so far
+    flex        FlexAttention (Dong et al., arXiv 2412.05496), which skips hidden blocks; a kernel
+                is compiled at its first use, on GPUs
+
+A backend is called with queries, keys and values (B, H, L, E) of one dtype, the factor on their
+products and the rate of dropout, and gives (B, H, L, E).
+
+    B batch, H heads, L tokens of the first scales, n_k tokens of scale k, E head dimension
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from var_exp.scales import ScaleSchedule
+
+Attend = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
+
+NAMES = ("mask", "segments", "flex")
+AUTO = "auto"
+# Tokens from which segments are quicker than one masked call (measured with AVX2, forward and
+# backward); shorter sequences lose more by the number of calls than they save.
+LONG = 256
+
+
+def check_backend(name: str) -> None:
+    """Raise ValueError for a backend that does not exist."""
+    if name not in (AUTO, *NAMES):
+        raise ValueError(
+            f"model.var: attention must be {AUTO} or one of {', '.join(NAMES)}, got {name!r} "
+            f"(model.var.module.attention)"
+        )
+
+
+def chosen_backend(name: str, length: int) -> str:
+    """What "auto" is for sequences of `length` tokens."""
+    if name != AUTO:
+        return name
+    return "segments" if length >= LONG else "mask"
+
+
+def attend_whole(name: str, schedule: ScaleSchedule, mask: Tensor) -> Attend:
+    """The backend of that name for a sequence that begins with the first scale.
+
+    Args:
+        name: one of `NAMES`, or "auto".
+        mask: (L, L), true where a query (row) sees a key; L ends at the end of a scale.
+    """
+    length = len(mask)
+    name = chosen_backend(name, length)
+    if name == "mask":
+        return functools.partial(attend_masked, mask)
+    if name == "segments":
+        ends = [where.stop for where in schedule.slices if where.stop <= length]
+        return functools.partial(attend_segments, ends)
+    return functools.partial(attend_flex, schedule, length)
+
+
+def attend_masked(
+    mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float
+) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+
+
+# -- segments -------------------------------------------------------------------------------
+
+
+def attend_segments(
+    ends: Sequence[int], q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float
+) -> Tensor:
+    """Each scale by itself; `ends` are those of the scales in the sequence."""
+    if q.device.type == "cpu" and dropout == 0 and torch.is_grad_enabled():
+        return SegmentsOnCPU.apply(q, k, v, tuple(ends), scale)
+    parts = [
+        F.scaled_dot_product_attention(
+            q[:, :, first:end], k[:, :, :end], v[:, :, :end], dropout_p=dropout, scale=scale
+        )
+        for first, end in zip((0, *ends), ends, strict=False)
+    ]
+    return torch.cat(parts, dim=2)
+
+
+class SegmentsOnCPU(torch.autograd.Function):
+    """The segments with one gradient of all keys and values, to which each scale adds its part.
+
+    Autograd would make such gradients anew for each scale, padded with zeros, and add them up:
+    that took longer than the pairs that are saved. By the kernels that
+    `scaled_dot_product_attention` takes on a CPU.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: tuple[int, ...], scale: float
+    ) -> Tensor:
+        out, normalizers = torch.empty_like(q), []
+        for first, end in zip((0, *ends), ends, strict=False):
+            part, normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[:, :, first:end], k[:, :, :end], v[:, :, :end], scale=scale
+            )
+            out[:, :, first:end] = part
+            normalizers.append(normalizer)
+        ctx.save_for_backward(q, k, v, out, *normalizers)
+        ctx.ends, ctx.scale = ends, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *normalizers = ctx.saved_tensors
+        grad_q = torch.empty_like(q)
+        # Many small sums: in float32, whatever their terms are in.
+        grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+        spans = zip((0, *ctx.ends), ctx.ends, normalizers, strict=False)
+        for first, end, normalizer in spans:
+            queries, keys = slice(first, end), slice(0, end)
+            of_q, of_k, of_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad[:, :, queries],
+                q[:, :, queries],
+                k[:, :, keys],
+                v[:, :, keys],
+                out[:, :, queries],
+                normalizer,
+                0.0,
+                False,
+                scale=ctx.scale,
+            )
+            grad_q[:, :, queries] = of_q
+            grad_k[:, :, keys] += of_k
+            grad_v[:, :, keys] += of_v
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+
+
+# -- FlexAttention --------------------------------------------------------------------------
+
+
+def attend_flex(
+    schedule: ScaleSchedule,
+    length: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """By FlexAttention, compiled on GPUs.
+
+    Raises:
+        ValueError: dropout, or gradients on a CPU, which it cannot do.
+    """
+    on_cpu = q.device.type == "cpu"
+    if dropout > 0 or (on_cpu and any(x.requires_grad for x in (q, k, v))):
+        reason = "drop attention weights" if dropout > 0 else "train on a CPU"
+        raise ValueError(
+            f"model.var: FlexAttention cannot {reason}; choose auto, segments or mask "
+            f"(model.var.module.attention)"
+        )
+    attend = flex_attention if on_cpu else compiled_flex()
+    return attend(q, k, v, block_mask=visible_blocks(schedule, length, q.device), scale=scale)
+
+
+@functools.cache
+def compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.cache
+def visible_blocks(schedule: ScaleSchedule, length: int, device: torch.device) -> Any:
+    """Which blocks of pairs are seen: a `BlockMask`, made once for each length."""
+    levels = schedule.level_ids()[:length].to(device)
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return levels[query] >= levels[key]
+
+    return create_block_mask(sees, None, None, length, length, device=device)
