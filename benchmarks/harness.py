@@ -101,13 +101,22 @@ def summary(
     return rows
 
 
-def parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
+def parse(
+    description: str,
+    arguments: list[str] | None,
+    add: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> argparse.Namespace:
     """The arguments of a benchmark of networks; their number of threads is set.
+
+    Args:
+        add: adds those that the benchmark has besides.
 
     Raises:
         ValueError: processor time of several threads, or of what a GPU does.
     """
-    args = parser(description).parse_args(arguments)
+    made = parser(description)
+    add(made)
+    args = made.parse_args(arguments)
     if args.clock == "processor" and (args.threads, args.device) != (1, "cpu"):
         raise ValueError(
             f"benchmarks: processor time is that of one thread of a CPU, got {args.threads} "

@@ -1,17 +1,22 @@
 """How long a training step of the transformer takes: ours against the plain way.
 
     python -m benchmarks.training --precision fp32
-    python -m benchmarks.training --precision bf16
+    python -m benchmarks.training --precision bf16 --compile
 
-A step is forward, backward, clipping and AdamW. It is taken from codes that are at hand, and from
-images, which the plain way encodes at every step, as the published code does; there ours is tried
-with the images and with the codes at hand. The plain way always computes in float32. Before
-anything is timed, loss and gradients must agree, and the losses of the next steps. Writes
-`benchmarks/results/training_<precision>.json`, and prints the table.
+A step is forward, backward, clipping and AdamW. It is taken from codes that are at hand, and with
+where codes come from: the plain way encodes images at every step, as the published code does; ours
+does so too, and reads a token cache of CACHED images, whose reading is timed by itself as well. The
+plain way always computes in float32. Before anything is timed, loss and gradients must agree, and
+the losses of the next steps. Writes `benchmarks/results/training_<precision>.json`, and prints the
+table.
 """
 
 import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,27 +25,38 @@ from benchmarks.baseline import PlainTokenizer, PlainTraining, PlainTransformer
 from benchmarks.harness import Candidate, check_close, in_precision
 from benchmarks.limits import Work, counted, fewest_bytes
 from benchmarks.networks import draw_codes, draw_images, draw_labels, make_networks
+from var_exp.data.sampler import GlobalBatchSampler
+from var_exp.data.token_files import ROWS, TokenCache
+from var_exp.data.tokens import TrainCodes
+from var_exp.scales import ScaleSchedule
 from var_exp.tokenizer import VQVAE
 from var_exp.training.optim import param_groups
 from var_exp.training.sharding import clip_gradients
 from var_exp.training.var_module import token_losses
 from var_exp.transformer import VAR
+from var_exp.transformer.backends import AUTO, NAMES
+from var_exp.transformer.var import Computing, call_block
 
 RATES = {"lr": 1e-4, "weight_decay": 0.05, "betas": (0.9, 0.95)}  # as published
 CLIP = 2.0
 SAME, CLOSE = {"fp32": 1e-4, "bf16": 2e-2}, {"fp32": 1e-3, "bf16": 0.1}  # of losses, gradients
+CACHED = 20_000  # images in the cache that is read
 ADAMW_BYTES = 28  # a parameter: weight and two moments read and written, the gradient read
 
 
 class OurTraining:
     """What `VARModule` does in a step, without Lightning around it."""
 
-    def __init__(self, transformer: VAR, tokenizer: VQVAE, precision: str):
+    def __init__(
+        self, transformer: VAR, tokenizer: VQVAE, precision: str, attention: str, compiled: bool
+    ):
+        call = torch.compile(call_block, dynamic=False) if compiled else call_block
+        transformer.computing = Computing(attention, call=call)
         self.transformer, self.tokenizer = transformer.train(), tokenizer
         self.precision = precision
         rates = dict(RATES)
         groups = param_groups(transformer, rates.pop("weight_decay"))
-        self.optimizer = torch.optim.AdamW(groups, **rates)
+        self.optimizer = torch.optim.AdamW(groups, fused=True, **rates)
 
     def step_from_images(self, images: Tensor, labels: Tensor) -> Tensor:
         return self.step_from_codes(self.tokenizer.encode(images), labels)
@@ -68,8 +84,35 @@ def pair(args: argparse.Namespace) -> tuple[PlainTraining, OurTraining]:
     plain = PlainTransformer(transformer).to(args.device), PlainTokenizer(tokenizer).to(args.device)
     return (
         PlainTraining(*plain, **RATES, clip=CLIP),
-        OurTraining(transformer, tokenizer, args.precision),
+        OurTraining(transformer, tokenizer, args.precision, args.attention, args.compile),
     )
+
+
+def make_cache(args: argparse.Namespace, tokenizer: VQVAE, folder: Path) -> TokenCache:
+    """A cache of drawn codes, in as many files as a real one of that size."""
+    key = {
+        "tokenizer": tokenizer.fingerprint(),
+        "patch_nums": tokenizer.schedule.patch_nums,
+        "vocab_size": tokenizer.quantizer.vocab_size,
+        "num_train": CACHED,
+        "num_val": 0,
+        "rows": ROWS,
+    }
+    cache, generator = TokenCache(folder, key), np.random.default_rng(args.seed)
+    cache.begin()
+    for part in cache.parts():
+        codes = generator.integers(0, key["vocab_size"], (part.rows, cache.length))
+        cache.write(part, codes, generator.integers(0, 1000, part.rows))
+    cache.finish()
+    return cache
+
+
+def batches_of(cache: TokenCache, batch_size: int, seed: int) -> Iterator[list[torch.Tensor]]:
+    """Codes of batches at random, (B, n_k) for each scale, as training reads them."""
+    items = TrainCodes(cache, stride=0)
+    schedule = ScaleSchedule(cache.key["patch_nums"])
+    for keys in GlobalBatchSampler(CACHED, batch_size, num_batches=10**9, seed=seed):
+        yield schedule.split(items.__getitems__(keys).codes)
 
 
 def check(plain: PlainTraining, ours: OurTraining, indices: list[Tensor], labels: Tensor) -> dict:
@@ -96,7 +139,16 @@ def check(plain: PlainTraining, ours: OurTraining, indices: list[Tensor], labels
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = harness.parse(__doc__.splitlines()[0], arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(harness.parse(__doc__.splitlines()[0], arguments, add_arguments), Path(folder))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--attention", choices=[AUTO, *NAMES], default=AUTO, help="of ours")
+    parser.add_argument("--compile", action="store_true", help="the blocks of ours")
+
+
+def measure(args: argparse.Namespace, folder: Path) -> None:
     plain, ours = pair(args)
     codes, images, labels = draw_codes(args), draw_images(args), draw_labels(args)
     checks = check(plain, ours, codes, labels)
@@ -104,6 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
         lambda: plain.step_from_codes(codes, labels),
         lambda: ours.step_from_codes(codes, labels),
     )
+    read = batches_of(make_cache(args, ours.tokenizer, folder), args.batch, args.seed)
     from_images = (
         lambda: plain.training_step_plain(images, labels),
         lambda: ours.step_from_images(images, labels),
@@ -118,11 +171,16 @@ def main(arguments: list[str] | None = None) -> None:
     with_codes = [
         Candidate("plain, fp32, from images", from_images[0], "fp32"),
         Candidate(f"{name}, from images", from_images[1], precision),
-        Candidate(f"{name}, codes at hand", from_codes[1], precision),
+        Candidate(f"{name}, cache", lambda: ours.step_from_codes(next(read), labels), precision),
+    ]
+    reading = [
+        Candidate(f"{name}, a step", from_codes[1], precision),
+        Candidate("reading its codes", lambda: next(read), precision),
     ]
     found = {
         "training step": harness.compare(step, args),
         "training step with its codes": harness.compare(with_codes, args),
+        "codes of a training step": harness.compare(reading, args),
     }
     harness.conclude(f"training_{precision}", args, found, checks)
 

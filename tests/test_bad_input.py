@@ -59,6 +59,7 @@ def refused_run(tmp_path: Path, overrides: list[str], *named: str) -> None:
         ("model.var.batch_size=-1", ["model.var", "batch_size", "got -1"]),
         ("resume=sometimes", ["'sometimes'", "resume"]),
         ("stages=[tokeniser]", ["tokeniser", "stages"]),
+        ("model.tokenizer.module.freeze=[encoder]", ["freeze", "init_from=PATH"]),
         ("stages=[]", ["[]", "stages"]),
         ("stages=[var]", ["tokenizer_ckpt=PATH"]),
         ("sampling.top_p=1.5", ["top_p", "[0, 1]", "1.5"]),

@@ -81,6 +81,15 @@ def test_on_a_gpu_norms_are_kept_in_float32():
         assert on_gpu.kept > on_cpu.kept
 
 
+@pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
+def test_blocks_that_are_computed_anew_are_not_held_until_the_backward_pass(accelerator):
+    held = []
+    for share in (0.0, 1.0):
+        module = make_module("var", recompute=share)
+        held.append(rehearse(module, SHAPE, 12, NUM_BATCHES, "bf16-mixed", accelerator).most)
+    assert held[1] < held[0]
+
+
 def test_shared_memory_is_counted_once_and_weights_not_at_all():
     layer, x = nn.Linear(8, 8), torch.randn(4, 8, requires_grad=True)
     with SavedBytes([layer.weight]) as saved:

@@ -90,6 +90,15 @@ def check_objective(cfg: DictConfig) -> None:
         )
 
 
+def check_frozen(cfg: DictConfig) -> None:
+    frozen = cfg.model.tokenizer.module.freeze if "tokenizer" in cfg.stages else None
+    if frozen and not cfg.init_from:
+        raise ValueError(
+            f"model.tokenizer: freeze {list(frozen)} would keep what nobody trained; name what it "
+            f"starts from (init_from=PATH), or freeze nothing (model.tokenizer.module.freeze=[])"
+        )
+
+
 def check_parts(cfg: DictConfig) -> None:
     """Raise what callbacks and loggers raise that cannot be made."""
     for entry in (
@@ -104,6 +113,7 @@ CHOICES = (
     check_tokens,
     check_evaluation,
     check_objective,
+    check_frozen,
     check_parts,
     lambda cfg: check_tasks(cfg.trainer.devices, cfg.trainer.num_nodes),
     lambda cfg: check_precision(cfg.trainer.precision),

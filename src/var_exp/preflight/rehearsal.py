@@ -11,6 +11,7 @@ where all its weights are kept.
 
 import contextlib
 import copy
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from var_exp.data import Batch
 from var_exp.training.stage import StageModule
+from var_exp.transformer import VAR
 
 
 class Rehearsed(NamedTuple):
@@ -125,6 +127,11 @@ def in_float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+def call_as_on_gpu(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    with AsOnGPU():
+        return function(*args)
+
+
 def storage_of(tensor: Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
 
@@ -155,6 +162,11 @@ def rehearse(
         images = torch.empty(size, *image_shape)
     # Read as a number, and that of all networks but fresh ones: codebooks have started.
     module.tokenizer.quantizer.started = torch.tensor(True)
+    if accelerator != "cpu" and isinstance(module.network, VAR):
+        # Blocks are recomputed within the backward pass, where the mode around it is off.
+        computing = module.network.computing
+        call = functools.partial(call_as_on_gpu, computing.call)
+        module.network.computing = computing._replace(call=call)
     with contextlib.nullcontext() if accelerator == "cpu" else AsOnGPU():
         return last_step(module, images, num_batches, precision, continued=size < share)
 

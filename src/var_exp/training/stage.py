@@ -79,6 +79,11 @@ class StageModule(ShardableModule):
                 f"model.{self.stage}: micro_batch must be at least 1 or null, got {micro_batch} "
                 f"(model.{self.stage}.module.micro_batch)"
             )
+        if clip < 0:
+            raise ValueError(
+                f"model.{self.stage}: clip must be at least 0 (0 does not clip), got {clip} "
+                f"(model.{self.stage}.module.clip)"
+            )
         if not 0 <= average_decay < 1:
             raise ValueError(
                 f"model.{self.stage}: average_decay must lie in [0, 1), got {average_decay} "
