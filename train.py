@@ -22,6 +22,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import hydra
+import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -79,16 +80,15 @@ from var_exp.wiring import (
 
 def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     """Run the configured stages; all final metrics, keyed `stage/metric`."""
+    check_choices(cfg)
     if cfg.num_threads:
         torch.set_num_threads(cfg.num_threads)
-    check_choices(cfg)
     if cfg.resume == "never" and is_begun_anew(run_dir):
         cfg = OmegaConf.merge(cfg, {"resume": "auto"})
     data = make_data(cfg)
     tokenizer = make_tokenizer(cfg, data.source, run_dir)
     modules = make_modules(cfg, data.source, tokenizer)  # all of them: mistakes show now
-    with quiet():
-        trainer = make_trainer(cfg)(logger=False)
+    trainer = idle_trainer(cfg)
     check_sweep(trainer.num_devices * trainer.num_nodes)
     over = set()
     for stage, module in modules.items():
@@ -125,6 +125,21 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         print(summary(cfg.name, metrics, run_dir, cfg.expected))
         report_bad_images(data.source)
     return metrics.figures
+
+
+def idle_trainer(cfg: DictConfig) -> L.Trainer:
+    """A Trainer that tells the devices; raise ValueError for what Lightning refuses."""
+    try:
+        with quiet():
+            trainer = make_trainer(cfg)(logger=False)
+    except TypeError as error:
+        raise ValueError(f"trainer: {error} (trainer=..., trainer.devices=...)") from None
+    if not isinstance(trainer, L.Trainer):
+        raise ValueError(
+            f"trainer: expected a lightning Trainer, got a {type(trainer).__name__} "
+            f"(trainer._target_)"
+        )
+    return trainer
 
 
 def outline(

@@ -267,7 +267,12 @@ def test_a_file_whose_parts_do_not_fit_is_refused_with_the_part(file, damage, na
 
 @pytest.mark.parametrize(
     ("about", "named"),
-    [("mine", "not a checkpoint of var-exp"), ({}, "format None"), ({"format": 1}, "format 1")],
+    [
+        ("mine", "not a checkpoint of var-exp"),
+        ({}, "format None"),
+        ({"format": 1}, "format 1"),
+        ({"format": torch.ones(3)}, "format of a Tensor"),
+    ],
 )
 def test_a_file_of_another_program_or_version_is_refused(file, about, named):
     content = torch.load(file, weights_only=True)

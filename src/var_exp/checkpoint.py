@@ -110,10 +110,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"checkpoint: {str(path)!r} is not a checkpoint of var-exp; expected a file that "
             f"`train.py` wrote"
         )
-    if content[KEY].get("format") != FORMAT:
+    form = content[KEY].get("format")
+    if type(form) is not int or form != FORMAT:  # a tensor has no truth
+        shown = form if isinstance(form, int | None) else f"of a {type(form).__name__}"
         raise ValueError(
-            f"checkpoint: {str(path)!r} has format {content[KEY].get('format')}, this version "
-            f"reads {FORMAT}; use the version of var-exp that wrote it"
+            f"checkpoint: {str(path)!r} has format {shown}, this version reads {FORMAT}; use the "
+            f"version of var-exp that wrote it"
         )
     try:
         check_seal(path)  # last: files that are none of ours are told by what they hold

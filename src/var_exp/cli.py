@@ -37,8 +37,8 @@ PROTOCOL = "protocol"  # the key of metrics.json that is no figure
 WRONG_ARGUMENTS = ("unexpected keyword argument", "required positional argument")
 FULL_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
 OUT_OF_MEMORY = (
-    "memory is full; take a smaller batch_size, model.<stage>.module.micro_batch or network: "
-    "check=true says what a run takes"
+    "memory is full; take a smaller data.image_size, batch_size, "
+    "model.<stage>.module.micro_batch or network: check=true says what a run takes"
 )
 CONF = Path(__file__).resolve().parents[2] / "conf"
 

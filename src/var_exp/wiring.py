@@ -29,6 +29,7 @@ from var_exp.transfer import warm_start_from
 from var_exp.transformer import VAR
 
 TRAINED = ("tokenizer", "var")
+MAX_THREADS = 4096
 STAGES = ("tokenizer", "tokens", "var")  # `tokens` encodes the images, and trains nothing
 
 
@@ -79,6 +80,20 @@ def check_evaluation(cfg: DictConfig) -> None:
             f"more than evaluation.scores.num_neighbours) and a batch_size of at least 1, got "
             f"{counts} and {cfg.evaluation.batch_size}"
         )
+    for name in ("num_splits", "kid_subsets", "kid_subset_size", "num_neighbours"):
+        if cfg.evaluation.scores[name] < 1:
+            raise ValueError(
+                f"evaluation: {name} must be at least 1, got {cfg.evaluation.scores[name]} "
+                f"(evaluation.scores.{name})"
+            )
+
+
+def check_threads(cfg: DictConfig) -> None:
+    if cfg.num_threads is not None and not 1 <= cfg.num_threads <= MAX_THREADS:
+        raise ValueError(
+            f"num_threads: expected 1 to {MAX_THREADS}, or null for one on each core, got "
+            f"{cfg.num_threads}"
+        )
 
 
 def check_objective(cfg: DictConfig) -> None:
@@ -114,6 +129,7 @@ CHOICES = (
     check_evaluation,
     check_objective,
     check_frozen,
+    check_threads,
     check_parts,
     lambda cfg: check_tasks(cfg.trainer.devices, cfg.trainer.num_nodes),
     lambda cfg: check_precision(cfg.trainer.precision),
@@ -258,19 +274,24 @@ def make_transformer(
 
 def make_evaluator(cfg: DictConfig, source: ImageSource, run_dir: Path) -> Evaluator:
     chosen = cfg.evaluation
-    return Evaluator(
-        source,
-        instantiate(chosen.network)(run_dir / "evaluation" / "classifier.pt", source),
-        OmegaConf.to_container(cfg.sampling, resolve=True),
-        num_samples=chosen.num_samples,
-        num_samples_per_scale=chosen.num_samples_per_scale,
-        batch_size=chosen.batch_size,
-        seed=cfg.seed,
-        reference=chosen.reference,
-        num_reference=chosen.num_reference,
-        cache=chosen.cache,
-        score_settings=ScoreSettings(**chosen.scores),
-    )
+    if chosen.reference and not Path(chosen.reference).is_file():
+        raise ValueError(
+            f"evaluation: there is no file {str(chosen.reference)!r} (evaluation.reference=PATH)"
+        )
+    settings = {
+        "num_samples": chosen.num_samples,
+        "num_samples_per_scale": chosen.num_samples_per_scale,
+        "batch_size": chosen.batch_size,
+        "seed": cfg.seed,
+        "reference": chosen.reference,
+        "num_reference": chosen.num_reference,
+        "cache": chosen.cache,
+        "score_settings": ScoreSettings(**chosen.scores),
+    }
+    sampling = OmegaConf.to_container(cfg.sampling, resolve=True)
+    # Last: the classifier is trained and written here, which no mistake above may come after.
+    network = instantiate(chosen.network)(run_dir / "evaluation" / "classifier.pt", source)
+    return Evaluator(source, network, sampling, **settings)
 
 
 def make_trainer(cfg: DictConfig) -> Callable[..., Any]:
