@@ -186,7 +186,9 @@ def test_every_option_of_the_transformers_training_is_one_override(tmp_path):
         "model.var.module.progressive="
         "{_target_:var_exp.training.progressive.ProgressiveScales,first:1,until:0.5}",
         *("model.var.module.label_smoothing=0.1", "model.var.module.scale_weights=[4,3,2,1]"),
-        *("model.var.module.corrupt=0.2", "model.var.module.micro_batch=8"),
+        *("stages=[tokenizer,var]", "model.var.module.corrupt=0.2"),  # which takes images
+        *("model.var.module.micro_batch=8", "model.var.module.recompute=0.5"),
+        *("model.var.module.attention=segments", "model.var.module.optimizer.fused=false"),
         *("model.var.module.final_weight_decay=0.08", "transformer.rope=true"),
         *("transformer.mlp=swiglu", "transformer.norm=rms", "model.var.module.weights=raw"),
         *("model.var.module.scaling_law=true", "+expected={var/loss:[4.0,5.0]}"),

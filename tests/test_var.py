@@ -1,5 +1,6 @@
 """The transformer predicts a scale from coarser ones alone, fast and slow alike."""
 
+import functools
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 from tiny import BLOCKS, ODD_SCALES, SCALES, tiny_transformer
 from var_exp.transformer import VAR
+from var_exp.transformer.backends import attend_masked
 from var_exp.transformer.block import AdaLNBlock, SharedAdaLNBlock
 
 ALL = {"five": SCALES, **ODD_SCALES}
@@ -94,6 +96,7 @@ def test_the_forward_is_the_blocks_told_one_after_the_other(block):
     silu = embedding * embedding.sigmoid()
     mask = torch.ones(13, 13, dtype=torch.bool)
     mask[:4, 4:] = False
+    attend = functools.partial(attend_masked, mask)
 
     def norm(x, layer):
         x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
@@ -101,7 +104,7 @@ def test_the_forward_is_the_blocks_told_one_after_the_other(block):
 
     for b in network.blocks:
         if block == "gpt2":
-            x = x + b.attn(norm(x, b.norm1), mask)
+            x = x + b.attn(norm(x, b.norm1), attend)
             x = x + b.mlp(norm(x, b.norm2))
             continue
         if block == "adaln":
@@ -110,7 +113,7 @@ def test_the_forward_is_the_blocks_told_one_after_the_other(block):
             linear = network.shared_modulation[1]
             six = (linear(silu).view(2, 6, 16) + b.ada_offset[0, 0]).unsqueeze(2)
         gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = six.unbind(1)
-        x = x + gate_attn * b.attn(norm(x, b.norm1) * (1 + scale_attn) + shift_attn, mask)
+        x = x + gate_attn * b.attn(norm(x, b.norm1) * (1 + scale_attn) + shift_attn, attend)
         x = x + gate_mlp * b.mlp(norm(x, b.norm2) * (1 + scale_mlp) + shift_mlp)
     x = norm(x, network.head.norm)
     if block != "gpt2":

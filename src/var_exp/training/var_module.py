@@ -132,8 +132,9 @@ class VARModule(StageModule):
         super().on_fit_start()
         computing = self.transformer.computing
         backend = chosen_backend(computing.attention, self.transformer.schedule.seq_len)
-        compiled = ", compiled" if computing.call is not call_block else ""
-        self.print(f"{self.stage}: attention by {backend}{compiled}")
+        compiled = ", compiled at the first batch" if computing.call is not call_block else ""
+        if compiled or backend != "mask":  # nothing to tell of the plain way
+            self.print(f"{self.stage}: attention by {backend}{compiled}")
 
     def final_scores(self, evaluator: Evaluator, folder: Path) -> dict[str, float]:
         return evaluator.conclude_var(self.evaluated, self.tokenizer, folder)
