@@ -29,6 +29,9 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +49,7 @@ from var_exp.environment import machine
 
 LIMIT = 60  # seconds; the machine may be busy with other things
 MEMORY = 12 * 2**30  # bytes of address space: what is too large must not fill the machine
+BETWEEN = 200  # mutants, between two starts of processes
 LONGEST = 1500  # characters of a line that says what is wrong
 REAL = 0.05  # of the configurations, the share that is run by a process of its own
 SHARES = {  # of all mutants, by kind
@@ -191,10 +195,49 @@ def run_all(items: list[tuple[str, int]], seed: int, jobs: int, real: float) -> 
         work = Path(folder)
         prepare(work)
         judge_one = functools.partial(trial, work, seed, real)
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(jobs, start_worker) as pool:
-            found = pool.imap_unordered(judge_one, items, chunksize=4)
-            return list(tqdm(found, total=len(items), unit="mutant"))
+        with tqdm(total=len(items), unit="mutant") as bar:
+            return judge_all(judge_one, items, jobs, bar)
+
+
+def judge_all(
+    judge_one: Callable[[tuple[str, int]], Outcome],
+    items: list[tuple[str, int]],
+    jobs: int,
+    bar: tqdm,
+) -> list[Outcome]:
+    """Outcomes of all mutants, of those as well whose process died."""
+    outcomes, left = [], list(items)
+    while left:
+        begun = left[:BETWEEN]
+        found, unjudged = judge_some(judge_one, begun, jobs, bar)
+        outcomes += found
+        # Whichever of them was the one: each in a process of its own.
+        for item in unjudged:
+            alone, died = judge_some(judge_one, [item], 1, bar)
+            outcomes += alone
+            outcomes += [Outcome(n, kind, "?", "defect", "its process died") for kind, n in died]
+        left = left[len(begun) :]
+    return outcomes
+
+
+def judge_some(
+    judge_one: Callable[[tuple[str, int]], Outcome],
+    items: list[tuple[str, int]],
+    jobs: int,
+    bar: tqdm,
+) -> tuple[list[Outcome], list[tuple[str, int]]]:
+    """Outcomes, and the items that have none, since a process died meanwhile."""
+    context = multiprocessing.get_context("spawn")
+    outcomes, unjudged = [], []
+    with ProcessPoolExecutor(jobs, context, start_worker) as pool:
+        futures = {pool.submit(judge_one, item): item for item in items}
+        for future in as_completed(futures):
+            try:
+                outcomes.append(future.result())
+                bar.update()
+            except BrokenProcessPool:
+                unjudged.append(futures[future])
+    return outcomes, unjudged
 
 
 def table(outcomes: list[Outcome]) -> dict[str, dict[str, int]]:

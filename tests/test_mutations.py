@@ -1,11 +1,15 @@
 """A few of the mutants of mutations.py, which runs thousands: refused in one line, or accepted."""
 
+import os
 import shutil
+import signal
 
 import pytest
+from tqdm import tqdm
 
+import mutations
 from mutant_files import prepare
-from mutations import SHARES, trial
+from mutations import SHARES, Outcome, trial
 
 
 @pytest.fixture(scope="module")
@@ -24,3 +28,20 @@ def test_whatever_is_wrong_is_accepted_or_refused_in_one_line(kind, work, tmp_pa
     outcomes = [trial(work, 1, 0.0, (kind, number)) for number in range(count)]
     assert [outcome for outcome in outcomes if outcome.verdict == "defect"] == []
     assert "refused" in {outcome.verdict for outcome in outcomes}
+
+
+def fall(item):
+    """What a mutant does that ends its process: the one numbered 3."""
+    kind, number = item
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Outcome(number, kind, "", "accepted", "")
+
+
+def test_a_mutant_that_ends_its_process_is_a_defect_and_the_others_are_judged(monkeypatch):
+    monkeypatch.setattr(mutations, "BETWEEN", 2)
+    items = [("images", number) for number in (2, 3, 4)]
+    with tqdm(disable=True) as bar:
+        found = mutations.judge_all(fall, items, 1, bar)
+    assert sorted(outcome.number for outcome in found) == [2, 3, 4]
+    assert [outcome.number for outcome in found if outcome.verdict == "defect"] == [3]
