@@ -22,7 +22,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import hydra
-import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -56,7 +55,7 @@ from var_exp.processes import check_meeting_point
 from var_exp.slurm import requeue
 from var_exp.tokenizer import VQVAE
 from var_exp.training.encoding import encode_stage
-from var_exp.training.fit import check_share, check_stage, fit_stage, quiet
+from var_exp.training.fit import check_share, check_stage, fit_stage, idle_trainer
 from var_exp.training.saving import forget, is_finished, newest_path
 from var_exp.training.stage import StageModule
 from var_exp.wiring import (
@@ -88,7 +87,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     data = make_data(cfg)
     tokenizer = make_tokenizer(cfg, data.source, run_dir)
     modules = make_modules(cfg, data.source, tokenizer)  # all of them: mistakes show now
-    trainer = idle_trainer(cfg)
+    trainer = idle_trainer(make_trainer(cfg))
     check_sweep(trainer.num_devices * trainer.num_nodes)
     over = set()
     for stage, module in modules.items():
@@ -125,21 +124,6 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
         print(summary(cfg.name, metrics, run_dir, cfg.expected))
         report_bad_images(data.source)
     return metrics.figures
-
-
-def idle_trainer(cfg: DictConfig) -> L.Trainer:
-    """A Trainer that tells the devices; raise ValueError for what Lightning refuses."""
-    try:
-        with quiet():
-            trainer = make_trainer(cfg)(logger=False)
-    except TypeError as error:
-        raise ValueError(f"trainer: {error} (trainer=..., trainer.devices=...)") from None
-    if not isinstance(trainer, L.Trainer):
-        raise ValueError(
-            f"trainer: expected a lightning Trainer, got a {type(trainer).__name__} "
-            f"(trainer._target_)"
-        )
-    return trainer
 
 
 def outline(

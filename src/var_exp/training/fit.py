@@ -192,6 +192,21 @@ def check_stage(
     return found
 
 
+def idle_trainer(make: Callable[..., L.Trainer]) -> L.Trainer:
+    """A Trainer that tells the devices; raise ValueError for what Lightning refuses."""
+    try:
+        with quiet():
+            trainer = make(logger=False)
+    except TypeError as error:
+        raise ValueError(f"trainer: {error} (trainer=..., trainer.devices=...)") from None
+    if not isinstance(trainer, L.Trainer):
+        raise ValueError(
+            f"trainer: expected a lightning Trainer, got a {type(trainer).__name__} "
+            f"(trainer._target_)"
+        )
+    return trainer
+
+
 def check_precision(precision: str) -> None:
     """Raise ValueError for a precision in which quantizer, logits or losses would suffer."""
     if precision not in PRECISIONS:
