@@ -247,6 +247,13 @@ def test_the_code_that_crosses_top_p_is_kept():
         assert (keep_likeliest(logits, 0, top_p) > -torch.inf).sum() == kept
 
 
+def test_codes_as_likely_as_the_last_one_are_kept_with_it_wherever_they_stand():
+    logits = torch.tensor([1.0, 3.0, 1.0, 0.0, 1.0])
+    for top_k, top_p in ((2, 0.0), (0, 0.75), (2, 0.95)):
+        kept = keep_likeliest(logits, top_k, top_p) > -torch.inf
+        assert kept.tolist() == [True, True, True, False, True]
+
+
 def test_no_filter_is_no_change():
     logits = torch.randn(2, 5, 9)
     assert torch.equal(keep_likeliest(logits, 0, 0.0), logits)

@@ -240,18 +240,19 @@ def guide(logits: Tensor, t: float, guided: bool) -> Tensor:
 def keep_likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set the logits (..., V) of codes outside top-k, then outside top-p, to -inf.
 
-    The code that crosses the mass top_p is kept (nucleus sampling, arXiv 1904.09751).
+    The code that crosses the mass top_p is kept (nucleus sampling, arXiv 1904.09751), and with the
+    last one all that are as likely.
     """
     some, most = 0 < top_k < logits.shape[-1], 0 < top_p < 1
     if not some and not most:
         return logits
     # The likeliest alone are put in order: all of them only where top-p has no top-k before it.
-    ordered, order = logits.topk(top_k if some else logits.shape[-1], dim=-1)
+    kept = logits.topk(top_k if some else logits.shape[-1], dim=-1).values
     if most:
-        mass = ordered.softmax(dim=-1)
+        mass = kept.softmax(dim=-1)
         outside = mass.cumsum(dim=-1) - mass >= top_p  # mass before this code
-        ordered = ordered.masked_fill(outside, -torch.inf)
-    return torch.full_like(logits, -torch.inf).scatter_(-1, order, ordered)
+        kept = kept.masked_fill(outside, torch.inf)
+    return logits.masked_fill(logits < kept.amin(dim=-1, keepdim=True), -torch.inf)
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:

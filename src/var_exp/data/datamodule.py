@@ -40,7 +40,7 @@ class ImageDataModule(L.LightningDataModule):
         seed: int = 0,
         num_workers: int | str = 0,
         pin_memory: bool | str = False,
-        prefetch: int = 4,
+        prefetch: int = 2,
         val_batch_size: int = 64,
     ):
         super().__init__()

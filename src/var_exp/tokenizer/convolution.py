@@ -51,7 +51,7 @@ BYTES_AT_ONCE = 2**22  # of transformed inputs: they are read again at once, fro
 def arranged(x: Tensor, width: int) -> Tensor:
     """A map (B, C, H, W) laid out as a network of so many channels is quickest on it.
 
-    Channels-last without gradients. With them torch 2.14 takes twice as long on a CPU, and for few
+    Channels-last without gradients. With them torch 2.14 is slower that way on a CPU, and for few
     channels it does not pay.
     """
     if torch.is_grad_enabled() or width < MIN_CHANNELS:

@@ -54,7 +54,7 @@ class VARModule(StageModule):
             published tokenizer on ImageNet.
         attention: how training attends, see `var_exp.transformer.backends`.
         recompute: see `var_exp.transformer.var.Computing`.
-        compile: compile the blocks, which takes half a minute and more at the first batch.
+        compile: compile the blocks, for which the first batch takes much longer.
         others: see `StageModule`.
 
     Raises:
