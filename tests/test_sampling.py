@@ -241,16 +241,13 @@ def test_top_k_then_top_p_keep_what_the_slow_filter_keeps(top_k, top_p):
         assert torch.equal(ours[kept], raw[kept])
 
 
-def test_the_code_that_crosses_top_p_is_kept():
+def test_the_code_that_crosses_top_p_is_kept_with_all_that_are_as_likely():
     logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
     for top_p, kept in ((0.4, 1), (0.6, 2), (0.74, 2), (0.76, 3), (0.95, 4)):
         assert (keep_likeliest(logits, 0, top_p) > -torch.inf).sum() == kept
-
-
-def test_codes_as_likely_as_the_last_one_are_kept_with_it_wherever_they_stand():
     logits = torch.tensor([1.0, 3.0, 1.0, 0.0, 1.0])
-    for top_k, top_p in ((2, 0.0), (0, 0.75), (2, 0.95)):
-        kept = keep_likeliest(logits, top_k, top_p) > -torch.inf
+    for filters in ((2, 0.0), (0, 0.75), (2, 0.95)):
+        kept = keep_likeliest(logits, *filters) > -torch.inf
         assert kept.tolist() == [True, True, True, False, True]
 
 

@@ -21,7 +21,7 @@ from var_exp.data import CodeBatch, ImageDataModule, ImageSource, Shapes, TokenC
 from var_exp.data.source import TensorImages
 from var_exp.data.token_files import forget_codes
 from var_exp.interruption import Interrupted, Interruption
-from var_exp.training.encoding import cache_key, codes_of, encode, encode_stage
+from var_exp.training.encoding import cache_key, encode, encode_stage
 
 CPU = torch.device("cpu")
 EPOCHS = 3  # that stages.run begins on the images below: 8 batches of 6
@@ -208,7 +208,8 @@ def test_two_processes_write_what_one_writes_and_one_goes_on_with_it(
 ):
     together(2, tmp_path / "results", work, tmp_path / "two", source)
     assert files(tmp_path / "two") == whole
-    with pytest.raises(AssertionError, match="Killed"):
+    # The one that is killed, or the other, whose peer is gone: whichever is asked first.
+    with pytest.raises(AssertionError, match="Killed|closed by peer"):
         together(2, tmp_path / "results", work, tmp_path / "one", source, 5)
     encoded(make_cache(tmp_path / "one", source, tokenizer), source, tokenizer)
     assert files(tmp_path / "one") == whole
@@ -245,11 +246,11 @@ def test_a_signal_stops_it_after_a_batch_and_the_same_command_goes_on(
     trainer = functools.partial(L.Trainer, accelerator="cpu", devices=1)
     arguments = (tokenizer, data, trainer, make_cache(tmp_path, source, tokenizer), 4)
 
-    def asked(*given):
+    def asked(images, encode=tokenizer.encode):
         interruption.noted = signal.SIGTERM
-        return codes_of(*given)
+        return encode(images)
 
-    monkeypatch.setattr("var_exp.training.encoding.codes_of", asked)
+    monkeypatch.setattr(tokenizer, "encode", asked)
     with pytest.raises(Interrupted, match="SIGTERM"):
         encode_stage(*arguments, interruption)
     assert data.codes is None and [p.name for p in tmp_path.iterdir()] == ["key.json"]

@@ -335,15 +335,7 @@ def parts_from_files(cfg: DictConfig) -> dict[str, Callable[[], object]]:
     parts = {key: functools.partial(instantiate, c) for key, c in chosen.items() if c is not None}
     if "weights" in cfg.evaluation.network:  # others are trained on the images
         parts["evaluation.network"] = lambda: instantiate(cfg.evaluation.network)(None, None)
-    if cfg.evaluation.reference:
-        parts["evaluation.reference"] = lambda: find_reference(cfg.evaluation.reference)
     return parts
-
-
-def find_reference(path: str) -> Path:
-    if not Path(path).is_file():
-        raise ValueError(f"evaluation: there is no file {path!r} (evaluation.reference=PATH)")
-    return Path(path)
 
 
 def without_parts(cfg: DictConfig, keys: Iterable[str]) -> DictConfig:

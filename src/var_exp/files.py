@@ -143,3 +143,12 @@ def read_tensors(path: str | os.PathLike, mapped: bool = False) -> Any:
         code = [line for line in str(error).splitlines() if "GLOBAL" in line]
         reason = code[0].strip() if code else type(error).__name__
         raise ValueError(f"damaged, holds code, or is not a checkpoint ({reason})") from None
+
+
+def differences(theirs: Any, ours: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    """Where two trees of plain data differ: (dotted name, their value, our value)."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in theirs | ours:
+            yield from differences(theirs.get(key), ours.get(key), f"{name}.{key}")
+    elif theirs != ours:
+        yield name, theirs, ours

@@ -88,6 +88,12 @@ def check_evaluation(cfg: DictConfig) -> None:
             )
 
 
+def check_reference(cfg: DictConfig) -> None:
+    reference = cfg.evaluation.reference
+    if reference and not Path(reference).is_file():
+        raise ValueError(f"evaluation: there is no file {reference!r} (evaluation.reference=PATH)")
+
+
 def check_threads(cfg: DictConfig) -> None:
     if cfg.num_threads is not None and not 1 <= cfg.num_threads <= MAX_THREADS:
         raise ValueError(
@@ -127,6 +133,7 @@ CHOICES = (
     check_stages,
     check_tokens,
     check_evaluation,
+    check_reference,
     check_objective,
     check_frozen,
     check_threads,
@@ -274,10 +281,6 @@ def make_transformer(
 
 def make_evaluator(cfg: DictConfig, source: ImageSource, run_dir: Path) -> Evaluator:
     chosen = cfg.evaluation
-    if chosen.reference and not Path(chosen.reference).is_file():
-        raise ValueError(
-            f"evaluation: there is no file {str(chosen.reference)!r} (evaluation.reference=PATH)"
-        )
     settings = {
         "num_samples": chosen.num_samples,
         "num_samples_per_scale": chosen.num_samples_per_scale,

@@ -11,8 +11,8 @@ codes that it would see without the cache.
 
 A part is written beside its place and is on the disk before it takes its place, so a part that is
 there is whole: who was stopped goes on with those that are missing. It ends with its own SHA-256,
-which counts until there is a manifest. Codes that are there are
-never taken for those of another tokenizer or of other images: the key must be the same.
+which counts until there is a manifest. Codes that are there are never taken for those of another
+tokenizer or of other images: the key must be the same.
 
     N images, L tokens
 """
@@ -21,13 +21,13 @@ import hashlib
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from var_exp.files import append_seal, check_seal, replacing, sync
+from var_exp.files import amount, append_seal, check_seal, differences, replacing, sync
 from var_exp.scales import total_tokens
 
 FORM = 1
@@ -136,6 +136,16 @@ class TokenCache:
             self._write(KEY, lambda path: path.write_text(json.dumps(self.key, indent=2) + "\n"))
 
     # -- writing ------------------------------------------------------------------------------
+
+    def check_room(self, num_images: int, free: int) -> None:
+        """Raise ValueError where the codes of so many images do not fit into `free` bytes."""
+        needed = num_images * self.dtype.itemsize
+        if needed > free:
+            raise ValueError(
+                f"tokens: the codes of {num_images:,} images take {amount(needed)}, "
+                f"{amount(free)} are free at {str(self.folder)!r}; make room, take fewer views "
+                f"(tokens.views, now {self.views}), or choose another folder (tokens.dir=...)"
+            )
 
     def missing(self, tell: Callable[[str], None] = lambda line: None) -> list[Part]:
         """Parts that are to be encoded: not there, or damaged, which is told.
@@ -283,7 +293,10 @@ class TokenCache:
         """What another key says otherwise, in words."""
         known = self.key["tokenizer"] is not None or not isinstance(theirs, dict)
         ours = self.key if known else self.key | {"tokenizer": theirs.get("tokenizer")}
-        return list(differences(theirs, ours))
+        return [
+            f"{name.removeprefix('key.')} {shorten(a)}, this run has {shorten(b)}"
+            for name, a, b in differences(theirs, ours, "key")
+        ]
 
 
 def files_of(folder: Path, names: re.Pattern = OURS) -> list[Path]:
@@ -300,12 +313,5 @@ def forget_codes(folder: Path) -> None:
         folder.rmdir()
 
 
-def differences(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
-    """Where two trees of plain data differ: a dotted key and both values, in words."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in theirs | ours:
-            dotted = f"{name}.{key}" if name else str(key)
-            yield from differences(theirs.get(key), ours.get(key), dotted)
-    elif theirs != ours:
-        a, b = (textwrap.shorten(str(value), 60, placeholder="...") for value in (theirs, ours))
-        yield f"{name} {a}, this run has {b}"
+def shorten(value: Any) -> str:
+    return textwrap.shorten(str(value), 60, placeholder="...")

@@ -115,12 +115,7 @@ def check_tokens(job: Job, source: ImageSource, tokenizer: VQVAE, found: Finding
         "on the disk": amount(cache.num_bytes),
         "free disk": f"{amount(free)} at {cache.folder}",
     }
-    if cache.num_bytes > free:
-        found.error(
-            f"tokens: the codes take {amount(cache.num_bytes)}, {amount(free)} are free at "
-            f"{str(cache.folder)!r}; make room, take fewer views (tokens.views, now "
-            f"{cache.views}), or choose another folder (tokens.dir=...)"
-        )
+    found.attempt(cache.check_room, cache.num_images, free)
     print(table("stage tokens", rows), end="\n\n", flush=True)
 
 

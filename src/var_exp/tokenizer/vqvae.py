@@ -86,6 +86,9 @@ class VQVAE(nn.Module):
     def encode(self, images: Tensor) -> list[Tensor]:
         """Images (B, C, H, W) in [-1, 1] -> K tensors of codes (B, h_k * w_k) int64.
 
+        In full precision under autocast too, as the published training does: another rounding is
+        another code.
+
         Raises:
             ValueError: images of another size or number of channels.
         """
@@ -95,7 +98,8 @@ class VQVAE(nn.Module):
                 f"tokenizer: expected images of (C, H, W) = {expected}, got "
                 f"{tuple(images.shape[1:])} (data.image_size, scales.patch_nums)"
             )
-        return self.quantizer.encode(self.features(images))
+        with torch.autocast(images.device.type, enabled=False):
+            return self.quantizer.encode(self.features(images))
 
     @torch.no_grad()
     def decode(self, indices: Sequence[Tensor], per_scale: bool = False) -> Tensor | list[Tensor]:

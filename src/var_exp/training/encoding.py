@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from var_exp.data import ImageDataModule, ImageSource, TokenCache
 from var_exp.data.token_files import ROWS, Part
+from var_exp.evaluation.drawing import device_of
 from var_exp.evaluation.reference import data_fingerprint
 from var_exp.files import amount
 from var_exp.interruption import Interrupted, Interruption
@@ -171,22 +172,12 @@ def write_parts(
     for _ in range(max(len(Batches(share, batch_size)) for share in shares)):
         if (step := next(steps, None)) is not None:
             batch = next(batches)
-            write(*step, codes_of(tokenizer, batch.images.to(device)).cpu(), batch.labels)
+            codes = torch.cat(tokenizer.encode(batch.images.to(device)), dim=1)  # (B, L)
+            write(*step, codes.cpu(), batch.labels)
             progress.add(len(batch.labels))
         on_batch()
     progress.end()
     tokenizer.to(before)
-
-
-@torch.no_grad()
-def codes_of(tokenizer: VQVAE, images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, L), in full precision as in training."""
-    with torch.autocast(images.device.type, enabled=False):
-        return torch.cat(tokenizer.encode(images), dim=1)
-
-
-def device_of(tokenizer: VQVAE) -> torch.device:
-    return next(tokenizer.parameters()).device
 
 
 def missing_parts(cache: TokenCache, device: torch.device) -> list[Part]:
@@ -201,12 +192,7 @@ def announce(cache: TokenCache, missing: Sequence[Part]) -> None:
     """Say what is going to be written; raise ValueError where there is no room for it."""
     num_images = sum(part.rows for part in missing)
     needed, free = num_images * cache.dtype.itemsize, shutil.disk_usage(cache.folder).free
-    if needed > free:
-        raise ValueError(
-            f"tokens: the codes of {num_images:,} images take {amount(needed)}, {amount(free)} "
-            f"are free at {str(cache.folder)!r}; make room, take fewer views (tokens.views, now "
-            f"{cache.views}), or choose another folder (tokens.dir=...)"
-        )
+    cache.check_room(num_images, free)
     kept = cache.num_images - num_images
     say(
         f"tokens: encoding {num_images:,} images ({cache.sizes}"

@@ -7,7 +7,7 @@ losses of a tokenizer take two optimizers: one batch is one step of each, whatev
 micro-batches that its gradient is summed over.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from var_exp.checkpoint import KEY, check_weights, describe
 from var_exp.data import Batch, CodeBatch
 from var_exp.evaluation.evaluator import Evaluator
+from var_exp.files import differences
 from var_exp.training.average import averaged_copy, update_average
 from var_exp.training.loggers import log_scalars
 from var_exp.training.optim import WeightDecay, param_groups
@@ -304,12 +305,3 @@ def different(where: str, theirs: Any, ours: Any) -> ValueError:
 def as_list(optimizers: Any) -> list:
     """Lightning gives a single optimizer without a list around it."""
     return optimizers if isinstance(optimizers, list) else [optimizers]
-
-
-def differences(theirs: Any, ours: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
-    """Where two trees of plain data differ: (dotted name, their value, our value)."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in theirs | ours:
-            yield from differences(theirs.get(key), ours.get(key), f"{name}.{key}")
-    elif theirs != ours:
-        yield name, theirs, ours
