@@ -34,7 +34,7 @@ from var_exp.training.optim import param_groups
 from var_exp.training.sharding import clip_gradients
 from var_exp.training.var_module import token_losses
 from var_exp.transformer import VAR
-from var_exp.transformer.backends import AUTO, NAMES
+from var_exp.transformer.backends import AUTO, BACKENDS
 from var_exp.transformer.var import Computing, call_block
 
 RATES = {"lr": 1e-4, "weight_decay": 0.05, "betas": (0.9, 0.95)}  # as published
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--attention", choices=[AUTO, *NAMES], default=AUTO, help="of ours")
+    parser.add_argument("--attention", choices=[AUTO, *BACKENDS], default=AUTO, help="of ours")
     parser.add_argument("--compile", action="store_true", help="the blocks of ours")
 
 

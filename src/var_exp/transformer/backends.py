@@ -27,7 +27,6 @@ from var_exp.scales import ScaleSchedule
 
 Attend = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
 
-NAMES = ("mask", "segments", "flex")
 AUTO = "auto"
 # Tokens from which segments are taken: 680 are quicker that way (AVX2, forward and backward), and
 # shorter sequences have as many calls with less to save in each.
@@ -36,9 +35,9 @@ LONG = 256
 
 def check_backend(name: str) -> None:
     """Raise ValueError for a backend that does not exist."""
-    if name not in (AUTO, *NAMES):
+    if name not in (AUTO, *BACKENDS):
         raise ValueError(
-            f"model.var: attention must be {AUTO} or one of {', '.join(NAMES)}, got {name!r} "
+            f"model.var: attention must be {AUTO} or one of {', '.join(BACKENDS)}, got {name!r} "
             f"(model.var.module.attention)"
         )
 
@@ -54,17 +53,10 @@ def attend_whole(name: str, schedule: ScaleSchedule, mask: Tensor) -> Attend:
     """The backend of that name for a sequence that begins with the first scale.
 
     Args:
-        name: one of `NAMES`, or "auto".
+        name: a key of `BACKENDS`, or "auto".
         mask: (L, L), true where a query (row) sees a key; L ends at the end of a scale.
     """
-    length = len(mask)
-    name = chosen_backend(name, length)
-    if name == "mask":
-        return functools.partial(attend_masked, mask)
-    if name == "segments":
-        ends = [where.stop for where in schedule.slices if where.stop <= length]
-        return functools.partial(attend_segments, ends)
-    return functools.partial(attend_flex, schedule, length)
+    return BACKENDS[chosen_backend(name, len(mask))](schedule, mask)
 
 
 def attend_masked(
@@ -73,7 +65,16 @@ def attend_masked(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
 
 
+def by_mask(schedule: ScaleSchedule, mask: Tensor) -> Attend:
+    return functools.partial(attend_masked, mask)
+
+
 # -- segments -------------------------------------------------------------------------------
+
+
+def by_segments(schedule: ScaleSchedule, mask: Tensor) -> Attend:
+    ends = [where.stop for where in schedule.slices if where.stop <= len(mask)]
+    return functools.partial(attend_segments, ends)
 
 
 def attend_segments(
@@ -143,6 +144,10 @@ class SegmentsOnCPU(torch.autograd.Function):
 # -- FlexAttention --------------------------------------------------------------------------
 
 
+def by_flex(schedule: ScaleSchedule, mask: Tensor) -> Attend:
+    return functools.partial(attend_flex, schedule, len(mask))
+
+
 def attend_flex(
     schedule: ScaleSchedule,
     length: int,
@@ -182,3 +187,10 @@ def visible_blocks(schedule: ScaleSchedule, length: int, device: torch.device) -
         return levels[query] >= levels[key]
 
     return create_block_mask(sees, None, None, length, length, device=device)
+
+
+BACKENDS: dict[str, Callable[[ScaleSchedule, Tensor], Attend]] = {
+    "mask": by_mask,
+    "segments": by_segments,
+    "flex": by_flex,
+}
