@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import harness, limits, loading, sampling, tokenizer, tokenizer_training, training
+from benchmarks import (
+    harness,
+    limits,
+    loading,
+    memory,
+    sampling,
+    tokenizer,
+    tokenizer_training,
+    training,
+)
 from benchmarks.baseline import PlainTokenizer
 from benchmarks.harness import Candidate, Unequal
 from benchmarks.limits import Stopwatch, Work
@@ -345,3 +354,17 @@ def test_training_in_bfloat16_is_compared_with_the_plain_way_in_float32(tmp_path
     step = found["results"]["training step"]
     assert [c["precision"] for c in step["candidates"]] == ["fp32", "bf16"]
     assert {"fp32", "bf16", "copy"} == set(step["limits"])
+
+
+def test_more_images_fit_where_blocks_are_recomputed(monkeypatch):
+    monkeypatch.setattr(memory, "WIDTH", 8)
+    monkeypatch.setattr(memory, "RECOMPUTE", (0.0, 1.0))
+    monkeypatch.setattr(memory, "STRATEGIES", {"fsdp": memory.STRATEGIES["fsdp"]})
+    kept, anew = memory.rows_of(256, 2, "adaln")
+    assert anew["bytes_per_image"] < kept["bytes_per_image"]
+    assert list(anew["images"]) == ["24 GB", "40 GB", "80 GB"]
+    for row in (kept, anew):
+        left = 24e9 * (1 - memory.RESERVE) - row["fixed_bytes"]
+        fits = row["images"]["24 GB"]
+        assert fits * row["bytes_per_image"] <= left < (fits + 1) * row["bytes_per_image"]
+    assert memory.table([kept, anew]).count("d2, 256 px") == 2
