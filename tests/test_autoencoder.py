@@ -171,3 +171,18 @@ def test_dropout_acts_in_training_only():
     x = torch.randn(1, 1, 8, 8)
     assert not torch.equal(encoder.train()(x), encoder(x))
     assert torch.equal(encoder.eval()(x), encoder(x))
+
+
+@pytest.mark.parametrize("make", [Encoder, Decoder])
+def test_without_gradients_wide_networks_compute_the_same_channels_last(make, monkeypatch):
+    monkeypatch.setattr("var_exp.tokenizer.autoencoder.WIDE", 32)
+    network = make(code_dim=8, width=32, multipliers=(1, 2), num_res_blocks=1).eval()
+    x = torch.randn(2, 3 if make is Encoder else 8, 8, 12)
+    seen = []
+    network.conv_in.register_forward_hook(lambda _, given, out: seen.append(given[0]))
+    slow = network(x).detach()
+    with torch.no_grad():
+        fast = network(x)
+    layouts = [s.is_contiguous(memory_format=torch.channels_last) for s in seen]
+    assert layouts == [False, True]
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)

@@ -11,11 +11,13 @@ state dict fits without renaming; `up` is indexed by resolution and runs from la
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_exp.spec import recorded
-from var_exp.tokenizer.convolution import Conv3x3, arranged
+
+WIDE = 128  # channels at full resolution
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -23,13 +25,28 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
 
+def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+
+
+def arranged(x: Tensor, width: int) -> Tensor:
+    """A map (B, C, H, W) laid out as a network of so many channels is quickest on it.
+
+    Channels-last without gradients. With them torch 2.14 is slower that way on a CPU, and for few
+    channels it does not pay.
+    """
+    if torch.is_grad_enabled() or width < WIDE:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 class ResidualBlock(nn.Module):
     """Norm, SiLU, conv, twice, added to the raw input (1x1 conv where the width changes)."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(in_channels), Conv3x3(in_channels, out_channels)
-        self.norm2, self.conv2 = group_norm(out_channels), Conv3x3(out_channels, out_channels)
+        self.norm1, self.conv1 = group_norm(in_channels), conv3x3(in_channels, out_channels)
+        self.norm2, self.conv2 = group_norm(out_channels), conv3x3(out_channels, out_channels)
         self.dropout = nn.Dropout(dropout)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
@@ -75,7 +92,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = Conv3x3(channels, channels)
+        self.conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -169,7 +186,7 @@ class Encoder(nn.Module):
         self.stride = patch_size * 2 ** (len(multipliers) - 1)
         widths, blocks = level_sizes(width, multipliers, num_res_blocks)
         lowest = len(widths) - 1
-        self.conv_in = Conv3x3(in_channels * patch_size**2, width)
+        self.conv_in = conv3x3(in_channels * patch_size**2, width)
         self.down = nn.ModuleList()
         previous = width
         for i, w in enumerate(widths):
@@ -180,7 +197,7 @@ class Encoder(nn.Module):
             previous = w
         self.mid = Middle(previous, attention, dropout)
         self.norm_out = group_norm(previous)
-        self.conv_out = Conv3x3(previous, code_dim)
+        self.conv_out = conv3x3(previous, code_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = arranged(F.pixel_unshuffle(x, self.patch_size), self.conv_in.out_channels)
@@ -215,7 +232,7 @@ class Decoder(nn.Module):
         self.stride = patch_size * 2 ** (len(multipliers) - 1)
         widths, blocks = level_sizes(width, multipliers, num_res_blocks)
         lowest = len(widths) - 1
-        self.conv_in = Conv3x3(code_dim, widths[-1])
+        self.conv_in = conv3x3(code_dim, widths[-1])
         self.mid = Middle(widths[-1], attention, dropout)
         levels = []
         previous = widths[-1]
@@ -228,7 +245,7 @@ class Decoder(nn.Module):
             previous = widths[i]
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = group_norm(previous)
-        self.conv_out = Conv3x3(previous, out_channels * patch_size**2)
+        self.conv_out = conv3x3(previous, out_channels * patch_size**2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(arranged(x, self.norm_out.num_channels))
