@@ -95,9 +95,8 @@ def attend_segments(
 class SegmentsOnCPU(torch.autograd.Function):
     """The segments with one gradient of all keys and values, to which each scale adds its part.
 
-    Autograd would make such gradients anew for each scale, padded with zeros, and add them up:
-    that took longer than the pairs that are saved. By the kernels that
-    `scaled_dot_product_attention` takes on a CPU.
+    Autograd would make such gradients anew for each scale, padded with zeros, and add them up. By
+    the kernels that `scaled_dot_product_attention` takes on a CPU.
     """
 
     @staticmethod
