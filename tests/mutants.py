@@ -144,7 +144,7 @@ def mutated(draw: random.Random, key: str, value: Any) -> str:
 def names_of(override: str) -> list[str]:
     """What a message may call the key: itself or any of its words but the most common."""
     key = override.lstrip("~+").partition("=")[0]
-    return [word for word in key.split(".") if word not in ("model", "module")]
+    return [key, *(word for word in key.split(".") if word not in ("model", "module"))]
 
 
 def within(program: str, place: Path, options: list[str], wrong: list[str]) -> None:

@@ -32,6 +32,8 @@ def test_every_part_that_is_there_to_choose_has_values_of_its_types(choice):
         ("callbacks.var.report", 7, "_target_"),
         ("tokenizer", None, "got null"),
         ("seed", 10**20, "expected a whole number"),
+        ("sampling", {"topk": 1}, "sampling.topk: there is no such key; the nearest is 'top_k'"),
+        ("evaluation.scores.first", 2, "evaluation.scores.first: there is no such key"),
     ],
 )
 def test_a_value_of_another_type_is_refused_by_its_key(key, value, named):
@@ -41,6 +43,14 @@ def test_a_value_of_another_type_is_refused_by_its_key(key, value, named):
         check_types(cfg)
     told = str(refused.value)
     assert told.startswith(key.removesuffix("._target_")) and named in told and "\n" not in told
+
+
+def test_a_value_that_is_written_elsewhere_is_named_by_both_keys():
+    cfg = OmegaConf.create(OmegaConf.to_container(composed("train"), resolve=False))
+    cfg.evaluation.num_reconstructions_val = "yes"
+    told = r"callbacks.tokenizer.scores.num_images = \$\{evaluation.num_reconstructions_val\}: "
+    with pytest.raises(ValueError, match=told):
+        check_types(cfg)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +66,9 @@ def test_a_value_of_another_type_is_refused_by_its_key(key, value, named):
         ("trainer.devices=abc", ["trainer.devices"]),
         ("trainer._target_=builtins.dict", ["trainer._target_", "dict"]),
         ("evaluation.scores.kid_subset_size=-1", ["evaluation.scores.kid_subset_size", "-1"]),
+        ("~callbacks.tokenizer.scores.num_images", ["callbacks.tokenizer.scores", "'num_images'"]),
+        ("callbacks.var.scores.every_n_batches=-1", ["callbacks.var.scores.every_n_batches", "-1"]),
+        ("evaluation.every_n_epochs=0", ["evaluation.every_n_batches", "0"]),
         ("evaluation.reference=a/b", ["evaluation.reference", "a/b"]),
         ("~evaluation.num_reference", ["num_reference"]),
         ("transformer.depth=100000000", ["transformer.depth", "1000"]),

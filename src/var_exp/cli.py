@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -46,6 +48,8 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 def launch(main: Callable[[], None], config_name: str) -> None:
     """Run a `@hydra.main` function; where Hydra refuses an override, name the nearest key."""
     agree_on_start()
+    with contextlib.suppress(HydraException):  # which Hydra will tell of
+        check_groups(sys.argv[1:])
     if SUBMIT in sys.argv and "--cfg" not in sys.argv:
         with contextlib.suppress(HydraException):  # which Hydra will tell of
             check_submission(sys.argv[1:], *shape_of_job(config_name, sys.argv[1:]))
@@ -67,10 +71,29 @@ def shape_of_job(config_name: str, arguments: list[str]) -> list[object]:
     return [trainer.get(key) for key in ("devices", "num_nodes")]
 
 
+def config_groups() -> set[str]:
+    return {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")} - {"."}
+
+
+def check_groups(arguments: list[str]) -> None:
+    """End where a choice of a group is no name: Hydra would say so without saying where."""
+    groups = config_groups()
+    given = [a for a in arguments if "=" in a and not a.startswith("-")]
+    for override in OverridesParser.create().parse_overrides(given):
+        group, kind = override.key_or_group, override.value_type
+        if group not in groups or override.is_sweep_override() or override.is_delete():
+            continue
+        if kind is not ValueType.ELEMENT or isinstance(override.value(), str | list | dict):
+            continue
+        names = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+        text = override.input_line
+        sys.exit(f"error: {group}: expected one of {names}, got {text.partition('=')[2]}")
+
+
 def nearest_keys(config_name: str, arguments: list[str]) -> list[str]:
     """For each override of a key that does not exist, a line with the nearest that does."""
     GlobalHydra.instance().clear()
-    groups = {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")} - {"."}
+    groups = config_groups()
     choices = [a for a in arguments if a.partition("=")[0].partition("@")[0] in groups]
     with initialize_config_dir(str(CONF), version_base=None):
         try:

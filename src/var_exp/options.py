@@ -80,6 +80,7 @@ PARTS: dict[str, Any] = {
     **{f"model.{stage}": dict[str, Any] for stage in ("tokenizer", "var")},
     **{f"model.{stage}.module": Part for stage in ("tokenizer", "var")},
 }
+CLOSED = ("sampling", "evaluation.sampling", "evaluation.scores")  # no keys but those in `OWN`
 PART_OF_EACH = r"logger\.\w+|callbacks\.\w+\.\w+"  # entries that anyone may add
 LARGEST = 2**63  # of whole numbers
 
@@ -96,15 +97,25 @@ def check_types(cfg: DictConfig) -> None:
     """Compare each value with what it is for.
 
     Raises:
-        ValueError: one of another type, an argument that nobody takes, or a `_target_` that does
-            not exist.
+        ValueError: one of another type, a key or argument that nobody takes, or a `_target_` that
+            does not exist.
     """
-    parts = [key for key in cfg if key != "hydra"]
-    tree = OmegaConf.to_container(OmegaConf.masked_copy(cfg, parts), resolve=True)
+    parts = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    tree = OmegaConf.to_container(parts, resolve=True)
     own = OWN | (PARTS if "trainer" in tree else {})
     for key, value, hint in typed(tree, own):
         if not fits(value, hint):
-            raise ValueError(f"{key}: expected {words(hint)}, got {shown(value)}")
+            taken = taken_from(OmegaConf.to_container(parts, resolve=False), key)
+            raise ValueError(f"{key}{taken}: expected {words(hint)}, got {shown(value)}")
+
+
+def taken_from(tree: Any, key: str) -> str:
+    """What a message adds to the key of a value that is written elsewhere: ` = ${there}`."""
+    for name in re.findall(r"[^.\[\]]+", key):
+        if isinstance(tree, str):
+            break
+        tree = tree[int(name)] if isinstance(tree, list) else tree[name]
+    return f" = {tree}" if isinstance(tree, str) and "${" in tree else ""
 
 
 def typed(tree: Any, own: Mapping[str, Any], key: str = "") -> Iterator[Value]:
@@ -119,6 +130,9 @@ def typed(tree: Any, own: Mapping[str, Any], key: str = "") -> Iterator[Value]:
         where = f"{key}.{name}" if key else str(name)
         if where in own:
             yield Value(where, value, own[where])
+        elif key in CLOSED:
+            known = [one.rpartition(".")[2] for one in own if one.startswith(f"{key}.")]
+            raise ValueError(f"{where}: there is no such key{nearest(name, known)}")
         elif "trainer" in own and re.fullmatch(PART_OF_EACH, where):
             yield Value(where, value, Part)
         if name == "_partial_":
@@ -145,10 +159,15 @@ def arguments(part: Mapping[str, Any], key: str) -> dict[str, Any]:
             break
     for name in part:
         if name not in found and name not in OF_HYDRA and not more:
-            near = difflib.get_close_matches(str(name), found, n=1)
-            hint = f"; the nearest is {near[0]!r}" if near else ""
+            hint = nearest(name, found)
             raise ValueError(f"{key}.{name}: {part[TARGET]} takes no argument {name!r}{hint}")
     return found
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """What a message adds where one of the known names is like this one."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"; the nearest is {near[0]!r}" if near else ""
 
 
 def located(part: Mapping[str, Any], key: str) -> Callable[..., Any]:

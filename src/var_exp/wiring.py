@@ -4,6 +4,8 @@ Each function takes the whole composition and hands its parts, as plain values a
 rooms that know nothing of Hydra.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +24,7 @@ from var_exp.sampling import check_settings
 from var_exp.scales import ScaleSchedule
 from var_exp.sources import read_tokenizer
 from var_exp.tokenizer import VQVAE
+from var_exp.training.callbacks import check_interval
 from var_exp.training.encoding import cache_key
 from var_exp.training.fit import ALL, check_precision
 from var_exp.training.stage import StageModule
@@ -80,6 +83,7 @@ def check_evaluation(cfg: DictConfig) -> None:
             f"more than evaluation.scores.num_neighbours) and a batch_size of at least 1, got "
             f"{counts} and {cfg.evaluation.batch_size}"
         )
+    check_interval(cfg.evaluation.every_n_batches, cfg.evaluation.every_n_epochs)
     for name in ("num_splits", "kid_subsets", "kid_subset_size", "num_neighbours"):
         if cfg.evaluation.scores[name] < 1:
             raise ValueError(
@@ -121,12 +125,26 @@ def check_frozen(cfg: DictConfig) -> None:
 
 
 def check_parts(cfg: DictConfig) -> None:
-    """Raise what callbacks and loggers raise that cannot be made."""
-    for entry in (
-        *cfg.logger.values(),
-        *(c for s in trained(cfg) for c in cfg.callbacks[s].values()),
-    ):
+    """Raise what callbacks and loggers raise that cannot be made.
+
+    Those that are completed with the evaluator later are only looked at: it is made last.
+    """
+    for entry in cfg.logger.values():
         instantiate(entry)
+    for stage in trained(cfg):
+        for name, entry in cfg.callbacks[stage].items():
+            made, key = instantiate(entry), f"callbacks.{stage}.{name}"
+            if isinstance(made, functools.partial):
+                check_complete(made, key)
+            check_interval(entry.get("every_n_batches"), entry.get("every_n_epochs"), key)
+
+
+def check_complete(made: functools.partial, key: str) -> None:
+    """Raise ValueError unless nothing but the evaluator is missing."""
+    try:
+        inspect.signature(made).bind(None)
+    except TypeError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 CHOICES = (

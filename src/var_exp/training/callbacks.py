@@ -40,12 +40,7 @@ class EvaluationCallback(Callback):
         every_n_batches: int | None = None,
         every_n_epochs: int | None = None,
     ):
-        given = [n for n in (every_n_batches, every_n_epochs) if n is not None]
-        if len(given) > 1 or any(not isinstance(n, int) or n < 1 for n in given):
-            raise ValueError(
-                f"evaluation: expected every_n_batches or every_n_epochs, at least 1, or null for "
-                f"both, got {every_n_batches} and {every_n_epochs} (evaluation.every_n_batches)"
-            )
+        check_interval(every_n_batches, every_n_epochs)
         self.evaluator = evaluator
         self.every_n_batches, self.every_n_epochs = every_n_batches, every_n_epochs
         self.evaluated_at = 0  # batches done then
@@ -101,6 +96,18 @@ class EvaluationCallback(Callback):
 
     def evaluate(self, trainer: L.Trainer, module: StageModule) -> None:
         raise NotImplementedError
+
+
+def check_interval(
+    every_n_batches: int | None, every_n_epochs: int | None, key: str = "evaluation"
+) -> None:
+    """Raise ValueError unless at most one is given, and that one is at least 1."""
+    given = [n for n in (every_n_batches, every_n_epochs) if n is not None]
+    if len(given) > 1 or any(not isinstance(n, int) or n < 1 for n in given):
+        raise ValueError(
+            f"{key}: expected every_n_batches or every_n_epochs, at least 1, or null for both, got "
+            f"{every_n_batches} and {every_n_epochs} ({key}.every_n_batches)"
+        )
 
 
 def log_figures(trainer: L.Trainer, figures: Mapping[str, float]) -> None:
