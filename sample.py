@@ -81,10 +81,12 @@ def sample(cfg: DictConfig, out: Path) -> None:
     check_place(out)
     num_samples = choose_number(cfg)
     pair, settings = (found.transformer, found.tokenizer), {name: cfg[name] for name in SETTINGS}
-    plan = make_plan(*pair, cfg.classes, cfg.precision, settings)
+    plan = make_plan(*pair, cfg.classes, cfg.precision, settings, cfg.compile)
     eyes = make_eyes(cfg, found.path) if cfg.evaluate else None
     with joined(device, cfg.devices, cfg.num_nodes) as processes, ExitStack() as held:
         networks.to(processes.device)
+        if cfg.compile:
+            networks.compile()
         drawer = Drawer(*pair, plan, eyes and make_scorer(cfg, eyes, found.tokenizer))
         samples = make_set(cfg, out, num_samples, drawer)
         about = eyes and describe(cfg, samples, drawer, found.weights)

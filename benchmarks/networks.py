@@ -5,6 +5,7 @@ from the checks that come before a ratio; so their parameters are drawn anew.
 """
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +37,16 @@ def schedule_for(image_size: int) -> ScaleSchedule:
     return ScaleSchedule([p for p in SCHEDULES[0].patch_nums if p < side] + [side])
 
 
-def make_networks(args: argparse.Namespace) -> tuple[VAR, VQVAE]:
-    """A transformer of the depth and a tokenizer of the width that the arguments ask for."""
+def make_networks(
+    args: argparse.Namespace, patch_nums: Sequence[int] | None = None
+) -> tuple[VAR, VQVAE]:
+    """A transformer of the depth and a tokenizer of the width that the arguments ask for.
+
+    Args:
+        patch_nums: the schedule; that of the image size unless given.
+    """
     torch.manual_seed(args.seed)
-    patch_nums = schedule_for(args.image_size).patch_nums
+    patch_nums = patch_nums or schedule_for(args.image_size).patch_nums
     transformer = VAR(patch_nums, VOCAB_SIZE, CODE_DIM, depth=args.depth)
     sizes = {"code_dim": CODE_DIM, "width": args.tokenizer_width}
     quantizer = MultiScaleQuantizer(patch_nums, Codebook(VOCAB_SIZE, CODE_DIM))

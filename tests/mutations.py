@@ -49,6 +49,7 @@ from var_exp.environment import machine
 
 LIMIT = 60  # seconds; the machine may be busy with other things
 MEMORY = 12 * 2**30  # bytes of address space: what is too large must not fill the machine
+BEGUN = "trial-"  # how folders of mutants that are being judged begin
 BETWEEN = 200  # mutants, between two starts of processes
 LONGEST = 1500  # characters of a line that says what is wrong
 REAL = 0.05  # of the configurations, the share that is run by a process of its own
@@ -152,7 +153,7 @@ def trial(work: Path, seed: int, real: float, item: tuple[str, int]) -> Outcome:
     kind, number = item
     draw = random.Random(f"{kind} {seed} {number}")
     torch.manual_seed(number)
-    place = Path(tempfile.mkdtemp(dir=work, prefix="trial-"))
+    place = Path(tempfile.mkdtemp(dir=work, prefix=f"{BEGUN}{kind}-{number}-"))
     home = os.getcwd()
     os.chdir(place)
     try:
@@ -196,11 +197,12 @@ def run_all(items: list[tuple[str, int]], seed: int, jobs: int, real: float) -> 
         prepare(work)
         judge_one = functools.partial(trial, work, seed, real)
         with tqdm(total=len(items), unit="mutant") as bar:
-            return judge_all(judge_one, items, jobs, bar)
+            return judge_all(judge_one, work, items, jobs, bar)
 
 
 def judge_all(
     judge_one: Callable[[tuple[str, int]], Outcome],
+    work: Path,
     items: list[tuple[str, int]],
     jobs: int,
     bar: tqdm,
@@ -208,16 +210,26 @@ def judge_all(
     """Outcomes of all mutants, of those as well whose process died."""
     outcomes, left = [], list(items)
     while left:
-        begun = left[:BETWEEN]
-        found, unjudged = judge_some(judge_one, begun, jobs, bar)
-        outcomes += found
-        # Whichever of them was the one: each in a process of its own.
-        for item in unjudged:
+        found, unjudged = judge_some(judge_one, left[:BETWEEN], jobs, bar)
+        outcomes, left = outcomes + found, unjudged + left[BETWEEN:]
+        # One of those that were being judged when a process died is the one: each by itself.
+        for item in (begun(work) or list(unjudged)) if unjudged else ():
             alone, died = judge_some(judge_one, [item], 1, bar)
             outcomes += alone
             outcomes += [Outcome(n, kind, "?", "defect", "its process died") for kind, n in died]
-        left = left[len(begun) :]
+            left.remove(item)
+            begun(work)
     return outcomes
+
+
+def begun(work: Path) -> list[tuple[str, int]]:
+    """Mutants whose folders were left behind, which are removed."""
+    found = []
+    for folder in work.glob(f"{BEGUN}*"):
+        kind, number, _ = folder.name.removeprefix(BEGUN).split("-", 2)
+        found.append((kind, int(number)))
+        shutil.rmtree(folder, ignore_errors=True)
+    return found
 
 
 def judge_some(

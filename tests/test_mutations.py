@@ -1,5 +1,6 @@
 """A few of the mutants of mutations.py, which runs thousands: refused in one line, or accepted."""
 
+import functools
 import os
 import shutil
 import signal
@@ -30,18 +31,26 @@ def test_whatever_is_wrong_is_accepted_or_refused_in_one_line(kind, work, tmp_pa
     assert "refused" in {outcome.verdict for outcome in outcomes}
 
 
-def fall(item):
+def fall(work, item):
     """What a mutant does that ends its process: the one numbered 3."""
     kind, number = item
+    place = work / f"{mutations.BEGUN}{kind}-{number}-x"
+    place.mkdir()
     if number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
+    place.rmdir()
     return Outcome(number, kind, "", "accepted", "")
 
 
-def test_a_mutant_that_ends_its_process_is_a_defect_and_the_others_are_judged(monkeypatch):
-    monkeypatch.setattr(mutations, "BETWEEN", 2)
-    items = [("images", number) for number in (2, 3, 4)]
+@pytest.mark.parametrize("between", [2, 5])
+def test_a_mutant_that_ends_its_process_is_a_defect_and_the_others_are_judged(
+    between, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(mutations, "BETWEEN", between)
+    items = [("images", number) for number in (2, 3, 4, 5, 6)]
     with tqdm(disable=True) as bar:
-        found = mutations.judge_all(fall, items, 1, bar)
-    assert sorted(outcome.number for outcome in found) == [2, 3, 4]
+        judge = functools.partial(fall, tmp_path)
+        found = mutations.judge_all(judge, tmp_path, items, 1, bar)
+    assert sorted(outcome.number for outcome in found) == [2, 3, 4, 5, 6]
     assert [outcome.number for outcome in found if outcome.verdict == "defect"] == [3]
+    assert list(tmp_path.iterdir()) == []

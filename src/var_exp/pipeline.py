@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from var_exp.checkpoint import load_networks
+from var_exp.compiling import compile_for_sampling
 from var_exp.files import replacing
 from var_exp.sampling import check_fit, generate
 from var_exp.spec import build
@@ -115,6 +116,13 @@ class VARPipeline:
         self.transformer.to(device)
         self.tokenizer.to(device)
         return self
+
+    def compile(self) -> None:
+        """Draw by compiled code from now on: the first images take minutes, the others less.
+
+        It needs a C++ compiler, or on a GPU Triton.
+        """
+        compile_for_sampling(self.transformer, self.tokenizer)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the folder, over an older one of the same name."""

@@ -28,6 +28,7 @@ def make_plan(
     classes: str | Sequence[int] | None,
     precision: str,
     settings: dict[str, Any],
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """What decides every sample of a set, as plain data.
 
@@ -35,6 +36,7 @@ def make_plan(
         classes: that take turns; "all" of them, or None for samples without a class.
         precision: of the networks, "32-true" or "bf16-mixed".
         settings: cfg_scale, top_k, top_p, temperature and seed, as in `generate`.
+        compiled: whether the networks are, which rounds in another way.
 
     Raises:
         ValueError: a value out of its range.
@@ -49,6 +51,7 @@ def make_plan(
         "image_size": list(tokenizer.image_size),
         "classes": _choose_classes(classes, transformer.num_classes),
         "precision": precision,
+        **({"compiled": True} if compiled else {}),
         **settings,
     }
 

@@ -51,18 +51,20 @@ def call_block(
 
 
 class Computing(NamedTuple):
-    """How a whole forward is computed, which is no part of what is computed.
+    """How a forward is computed, which is no part of what is computed.
 
     attention: "auto", or a backend by its name, see `backends.py`.
     recompute: share of the blocks, in [0, 1] and evenly spread, whose activations are not kept for
         the backward pass but computed anew (Chen et al., arXiv 1604.06174).
     call: calls a block; `torch.compile` of it compiles all of them at once, and no key of a
         checkpoint changes.
+    scale_calls: the same in sampling, for each scale; none: `call_block`. See `compiling.py`.
     """
 
     attention: str = AUTO
     recompute: float = 0.0
     call: Callable[..., Tensor] = call_block
+    scale_calls: tuple[Callable[..., Tensor], ...] = ()
 
     def recomputes(self, block: int) -> bool:
         """Whether the block of that number, from 0, is computed anew."""
@@ -216,8 +218,9 @@ class VAR(nn.Module):
         x = self.start_tokens(condition) if inputs is None else self.code_projection(inputs)
         x = x + self.places(where)  # (B, n_k, C)
         rotation = self.rotation_at(where)
+        call = self.computing.scale_calls[k] if self.computing.scale_calls else call_block
         for i, block in enumerate(self.blocks):
-            x = block(x, condition.blocks[i], attend=cache.attend(i, where), rotation=rotation)
+            x = call(block, x, condition.blocks[i], cache.attend(i, where), rotation)
         return self.head(x, condition.head)
 
     def condition(self, labels: Tensor) -> Condition:

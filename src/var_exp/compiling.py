@@ -1,0 +1,33 @@
+"""Networks compiled for sampling: the transformer's blocks for each scale, and the decoder.
+
+Every scale has a number of tokens of its own, which never changes, so each gets its own code, for
+all blocks together. It is worth the wait for hundreds of images, see docs/speed.md.
+"""
+
+from types import FunctionType
+
+import torch
+
+from var_exp.tokenizer import VQVAE
+from var_exp.transformer import VAR
+from var_exp.transformer.var import call_block
+
+
+def compile_for_sampling(transformer: VAR, tokenizer: VQVAE, backend: str = "inductor") -> None:
+    """Let a pair of networks sample by compiled code, made at the first batch of each size.
+
+    In place; no key of a state dict changes, nor anything that is computed but by rounding.
+
+    Args:
+        backend: of `torch.compile`.
+    """
+    names = [f"block_of_scale_{name}" for name in transformer.schedule.names]
+    calls = tuple(torch.compile(renamed(name), backend=backend, dynamic=False) for name in names)
+    transformer.computing = transformer.computing._replace(scale_calls=calls)
+    tokenizer.decoder.compile(backend=backend, dynamic=False)
+
+
+def renamed(name: str) -> FunctionType:
+    """A `call_block` of its own: torch counts, and limits, the versions of one function."""
+    code = call_block.__code__.replace(co_name=name)
+    return FunctionType(code, call_block.__globals__, name)

@@ -1,0 +1,48 @@
+"""Compiled sampling draws what plain sampling draws, from one compilation for each scale."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from tiny import BLOCKS, SCALES, tiny_tokenizer, tiny_transformer
+from var_exp.compiling import compile_for_sampling
+from var_exp.pipeline import VARPipeline
+from var_exp.sampling import generate
+
+
+def test_each_scale_is_compiled_once_for_all_blocks_and_batches_and_no_key_changes():
+    torch._dynamo.reset()
+    transformer, tokenizer = tiny_transformer(depth=4).eval(), tiny_tokenizer()
+    keys = [list(network.state_dict()) for network in (transformer, tokenizer)]
+    counter = CompileCounterWithBackend("aot_eager")
+    plain = [generate(transformer, tokenizer, [0, 1], seed=seed) for seed in range(3)]
+    compile_for_sampling(transformer, tokenizer, backend=counter)
+    for seed in range(3):
+        drawn = generate(transformer, tokenizer, [0, 1], seed=seed)
+        torch.testing.assert_close(drawn, plain[seed], atol=1e-5, rtol=0)
+        assert counter.frame_count == len(SCALES) + 1  # and the decoder
+    assert [list(network.state_dict()) for network in (transformer, tokenizer)] == keys
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("options", [{}, {"rope": True}, {"qk_norm": False, "mlp": "swiglu"}])
+def test_whatever_the_blocks_are_made_of(block, options):
+    torch._dynamo.reset()
+    transformer, tokenizer = tiny_transformer(block=block, **options).eval(), tiny_tokenizer()
+    plain = generate(transformer, tokenizer, [0, 1], return_indices=True)
+    compile_for_sampling(transformer, tokenizer, backend="aot_eager")
+    drawn = generate(transformer, tokenizer, [0, 1], return_indices=True)
+    assert all(map(torch.equal, drawn.indices, plain.indices))
+    torch.testing.assert_close(drawn.images, plain.images, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_what_the_compiler_makes_of_a_pipeline_draws_the_same(tmp_path):
+    torch._dynamo.reset()
+    pipeline = VARPipeline(tiny_transformer().eval(), tiny_tokenizer())
+    plain = pipeline([0, 1])
+    pipeline.compile()
+    torch.testing.assert_close(pipeline([0, 1]), plain, atol=1e-4, rtol=0)
+    pipeline.save_pretrained(tmp_path)
+    again = VARPipeline.from_pretrained(tmp_path)
+    assert torch.equal(again([0, 1]), plain)
