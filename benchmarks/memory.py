@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.harness import RESULTS, markdown
 from var_exp.official.sizes import SCHEDULES
-from var_exp.preflight.memory import Devices, needs_of, ready
+from var_exp.preflight.memory import Devices, Needs, needs_of, ready
 from var_exp.tokenizer import VQVAE, Codebook, Decoder, Encoder, MultiScaleQuantizer
 from var_exp.training import VARModule
 from var_exp.training.optim import LinearSchedule
@@ -57,11 +57,10 @@ def make_module(image_size: int, depth: int, block: str, recompute: float) -> VA
     )
 
 
-def bytes_for(module: VARModule, devices: Devices, image_size: int, images: int) -> int:
-    """The most that a training step of so many images holds, with all that stays."""
-    needs = needs_of(
+def needs_for(module: VARModule, image_size: int, images: int) -> Needs:
+    """What so many images need on a GPU that is alone."""
+    return needs_of(
         module,
-        devices,
         image_shape=(3, image_size, image_size),
         share=images,
         num_batches=1,
@@ -69,7 +68,6 @@ def bytes_for(module: VARModule, devices: Devices, image_size: int, images: int)
         precision="bf16-mixed",
         accelerator="gpu",
     )
-    return needs.training
 
 
 def rows_of(image_size: int, depth: int, block: str) -> list[dict[str, Any]]:
@@ -77,8 +75,9 @@ def rows_of(image_size: int, depth: int, block: str) -> list[dict[str, Any]]:
     rows = []
     for recompute in RECOMPUTE:
         module = ready(make_module(image_size, depth, block, recompute))
+        needs = [needs_for(module, image_size, images) for images in (1, 2)]
         for strategy, devices in STRATEGIES.items():
-            one, two = (bytes_for(module, devices, image_size, n) for n in (1, 2))
+            one, two = (needed.shared(devices).training for needed in needs)
             each, fixed = two - one, 2 * one - two
             fits = {
                 f"{gb} GB": max(0, int((gb * 1e9 * (1 - RESERVE) - fixed) // each)) for gb in GPUS

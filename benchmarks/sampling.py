@@ -1,7 +1,7 @@
 """How long whole images take: ours against the plain way, from labels to pixels.
 
     python -m benchmarks.sampling --precision fp32
-    python -m benchmarks.sampling --precision bf16
+    python -m benchmarks.sampling --precision bf16 --compile
 
 The plain way always computes in float32. Settings are those of the published scores (guidance 1.5,
 top-k 900, top-p 0.96). Before anything is timed, the same seed must give the same codes, and the
@@ -12,6 +12,8 @@ of two codes to within rounding; from there on that sample is another one. Write
 """
 
 import argparse
+import copy
+import functools
 import math
 from typing import Any
 
@@ -24,12 +26,14 @@ from benchmarks.baseline.sampling import PlainSamples
 from benchmarks.harness import Candidate, Unequal, check_close, in_precision
 from benchmarks.limits import PRECISIONS, Work, counted, fewest_bytes
 from benchmarks.networks import draw_labels, make_networks
+from var_exp.compiling import compile_for_sampling
 from var_exp.sampling import Samples, draw_uniforms, evaluating, generate, guided_logits
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
 
 FILTER = {"top_k": 900, "top_p": 0.96}
 CFG_SCALE = 1.5
+Networks = tuple[VAR, VQVAE]
 BORDER = 5e-4  # share of the mass within which a uniform number lies on a border, under top-p too
 SAME, CLOSE = 1e-4, 5e-2  # relative differences, float32 and bf16
 PSNR = 40.0  # dB, of bf16 images
@@ -40,22 +44,21 @@ class Sampler:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.transformer, self.tokenizer = make_networks(args)
-        self.plain = PlainTransformer(self.transformer), PlainTokenizer(self.tokenizer)
+        self.networks = transformer, tokenizer = make_networks(args)
+        self.plain = PlainTransformer(transformer), PlainTokenizer(tokenizer)
         for network in self.plain:
             network.eval().to(args.device)
         self.labels = draw_labels(args)
-        numbers = draw_uniforms(args.seed, range(args.batch), self.transformer.schedule.seq_len)
+        numbers = draw_uniforms(args.seed, range(args.batch), transformer.schedule.seq_len)
         self.uniforms = torch.from_numpy(numbers).float().to(args.device)
 
     def run_plain(self) -> PlainSamples:
         return sampling_plain(*self.plain, self.labels, self.uniforms, CFG_SCALE, **FILTER)
 
-    def run_ours(self, precision: str) -> Samples:
+    def run_ours(self, precision: str, networks: Networks | None = None) -> Samples:
         with in_precision(precision, self.args.device):
             return generate(
-                self.transformer,
-                self.tokenizer,
+                *(networks or self.networks),
                 self.labels,
                 cfg_scale=CFG_SCALE,
                 seed=self.args.seed,
@@ -63,25 +66,29 @@ class Sampler:
                 **FILTER,
             )
 
-    def forced_logits(
-        self, transformer: VAR, tokenizer: VQVAE, indices: list[Tensor], precision: str
-    ) -> Tensor:
+    def forced_logits(self, networks: Networks, indices: list[Tensor], precision: str) -> Tensor:
         """Guided logits (B, L, V) of ours where these codes are drawn."""
         given: list[Tensor] = []
         found = []
-        with torch.inference_mode(), evaluating(transformer, tokenizer):
+        with torch.inference_mode(), evaluating(*networks):
             with in_precision(precision, self.args.device):
-                steps = guided_logits(transformer, tokenizer, self.labels, CFG_SCALE, given)
+                steps = guided_logits(*networks, self.labels, CFG_SCALE, given)
                 for k, logits in steps:
                     found.append(logits.float())
                     given.append(indices[k])
         return torch.cat(found, dim=1)
 
     @torch.inference_mode()
-    def decoded(self, indices: list[Tensor], precision: str) -> Tensor:
+    def decoded(self, networks: Networks, indices: list[Tensor], precision: str) -> Tensor:
         """Images of ours in [0, 1]."""
         with in_precision(precision, self.args.device):
-            return (self.tokenizer.decode(indices) + 1) / 2
+            return (networks[1].decode(indices) + 1) / 2
+
+    def compiled(self) -> Networks:
+        """The same networks, which sample by compiled code."""
+        networks = copy.deepcopy(self.networks)
+        compile_for_sampling(*networks)
+        return networks
 
 
 def same_codes(plain: PlainSamples, ours: Samples, uniforms: Tensor) -> Tensor:
@@ -107,13 +114,14 @@ def same_codes(plain: PlainSamples, ours: Samples, uniforms: Tensor) -> Tensor:
     return alike
 
 
-def check(sampler: Sampler, plain: PlainSamples, ours: Samples, precision: str) -> dict[str, Any]:
+def check(
+    sampler: Sampler, networks: Networks, plain: PlainSamples, ours: Samples, precision: str
+) -> dict[str, Any]:
     """What ours in float32 and the plain way have in common, and ours in the precision.
 
     Raises:
         Unequal: it is too little for a ratio.
     """
-    networks = sampler.transformer, sampler.tokenizer
     alike = same_codes(plain, ours, sampler.uniforms)
     found: dict[str, Any] = {"samples with the same codes in float32": int(alike.sum())}
     found["of samples"] = len(alike)
@@ -121,7 +129,7 @@ def check(sampler: Sampler, plain: PlainSamples, ours: Samples, precision: str) 
         found["difference of their images in float32"] = check_close(
             "images", plain.images[alike], ours.images[alike], SAME
         )
-    decoded = sampler.decoded(plain.indices, precision)
+    decoded = sampler.decoded(networks, plain.indices, precision)
     if precision == "fp32":
         found["difference of images of the same codes"] = check_close(
             "images", plain.images, decoded, SAME
@@ -131,31 +139,44 @@ def check(sampler: Sampler, plain: PlainSamples, ours: Samples, precision: str) 
     found["PSNR of images of the same codes, dB"] = psnr = -10 * math.log10(float(error))
     if psnr < PSNR:
         raise Unequal(f"sampling: images of the same codes are {psnr:.1f} dB alike, below {PSNR}")
-    logits = [sampler.forced_logits(*networks, plain.indices, p) for p in ("fp32", precision)]
+    logits = [
+        sampler.forced_logits(pair, plain.indices, p)
+        for pair, p in ((sampler.networks, "fp32"), (networks, precision))
+    ]
     found["difference of logits of the same codes"] = check_close("logits", *logits, CLOSE)
     return found
 
 
 def fewest_bytes_of(sampler: Sampler, images: Tensor) -> dict[str, float]:
     """The transformer is read at each scale, the decoder once."""
-    num_scales = sampler.transformer.schedule.num_scales
-    drawing = fewest_bytes([sampler.transformer], passes=num_scales)
-    decoding = fewest_bytes([sampler.tokenizer.decoder], images)
+    transformer, tokenizer = sampler.networks
+    drawing = fewest_bytes([transformer], passes=transformer.schedule.num_scales)
+    decoding = fewest_bytes([tokenizer.decoder], images)
     return {precision: drawing[precision] + decoding[precision] for precision in PRECISIONS}
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--compile", action="store_true", help="measure ours compiled, too")
+
+
 def main(arguments: list[str] | None = None) -> None:
-    args = harness.parse(__doc__.splitlines()[0], arguments)
-    sampler = Sampler(args)
+    args = harness.parse(__doc__.splitlines()[0], arguments, add_arguments)
+    sampler, precision = Sampler(args), args.precision
     theirs, plain = counted(sampler.run_plain)
     others, ours = counted(lambda: sampler.run_ours("fp32"))
-    checks = check(sampler, plain, ours, args.precision)
+    checks = check(sampler, sampler.networks, plain, ours, precision)
     work = Work(min(theirs, others), fewest_bytes_of(sampler, plain.images))
-    precision = args.precision
     candidates = [
         Candidate("plain, fp32", sampler.run_plain, "fp32", work),
         Candidate(f"ours, {precision}", lambda: sampler.run_ours(precision), precision, work),
     ]
+    if args.compile:
+        compiled = sampler.compiled()
+        ours = sampler.run_ours("fp32", compiled)
+        of_compiled = check(sampler, compiled, plain, ours, precision)
+        checks |= {f"{name}, compiled": value for name, value in of_compiled.items()}
+        run = functools.partial(sampler.run_ours, precision, compiled)
+        candidates.append(Candidate(f"ours, {precision}, compiled", run, precision, work))
     found = {"sampling": harness.compare(candidates, args)}
     harness.conclude(f"sampling_{precision}", args, found, checks)
 

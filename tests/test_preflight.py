@@ -15,7 +15,7 @@ from var_exp import wiring
 from var_exp.cli import PERCEPTUAL, without_parts
 from var_exp.preflight.findings import Findings
 from var_exp.preflight.images import balance_of, look
-from var_exp.preflight.memory import Devices, needs_of, parameters_of, ready
+from var_exp.preflight.memory import needs_of, parameters_of, ready
 
 FOLDER = ["data=image_folder", "data.image_size=32", "scales.patch_nums=[1,2,4]"]
 GB = 10**9
@@ -278,7 +278,6 @@ def test_the_step_of_a_small_experiment_is_measured_as_a_gpu_would_take_it():
     module = wiring.make_module(cfg, "tokenizer", {"tokenizer": tokenizer})
     needs = needs_of(
         ready(module),
-        Devices(1, 1),
         image_shape=(3, 32, 32),
         share=128,
         num_batches=100,

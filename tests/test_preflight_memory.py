@@ -139,7 +139,7 @@ def test_moments_are_those_of_a_real_optimizer_after_a_step(stage, make):
 
 @BOTH
 def test_a_checkpoint_is_as_large_as_the_one_that_is_written(stage, digits, tmp_path):
-    needs = needs_of(ready(make_module(stage)), Devices(1, 1), **options())
+    needs = needs_of(ready(make_module(stage)), **options())
     run(stage, digits, tmp_path)
     written = (tmp_path / stage / "last.ckpt").stat().st_size
     assert needs.checkpoint < written < needs.checkpoint + 400_000  # names and plain data
@@ -162,7 +162,7 @@ def options(**changes):
 
 def test_every_byte_of_a_module_is_counted_where_it_belongs():
     module = module_of("tokenizer", optimizer=functools.partial(AdamW, lr=0.1))
-    needs = needs_of(ready(module), Devices(1, 1), **options())
+    needs = needs_of(ready(module), **options())
     network = bytes_of([*module.tokenizer.parameters(), *module.tokenizer.buffers()])
     adversary = bytes_of([*module.adversary.parameters(), *module.adversary.buffers()])
     assert (needs.weights, needs.average, needs.others) == (network, network, adversary)
@@ -191,13 +191,12 @@ def test_keys_and_values_are_those_of_samples_with_and_without_their_class():
 
 
 def test_shards_split_what_is_trained_and_data_parallelism_does_not():
-    module = ready(module_of("var"))
-    one, ddp, fsdp = (
-        needs_of(copy.deepcopy(module), devices, **options())
-        for devices in (Devices(1, 1), Devices(2, 2, 1, True), Devices(2, 2, 4))
-    )
+    one = needs_of(ready(module_of("var")), **options())
+    assert one.shared(Devices(1, 1)) == one
+    ddp, fsdp = one.shared(Devices(2, 2, 1, True)), one.shared(Devices(2, 2, 4))
     assert ddp.weights == one.weights and ddp.gradients == 2 * one.gradients
     assert ddp.training == one.training + one.gradients
+    assert one.step - fsdp.step == one.gradients - one.gradients // 4
     for name in ("weights", "average", "moments", "gradients"):
         assert getattr(fsdp, name) == getattr(one, name) // 4
     assert fsdp.others == one.others and fsdp.kept == one.kept

@@ -106,6 +106,19 @@ class Needs(NamedTuple):
     def validation(self) -> int:
         return self.steady + self.sampling + self.whole
 
+    def shared(self, devices: Devices) -> "Needs":
+        """Of each of these devices, where this is of one that is alone."""
+        n = devices.shards
+        gradients = self.gradients // n + (self.gradients if devices.buckets else 0)
+        return self._replace(
+            weights=self.weights // n,
+            average=self.average // n,
+            moments=self.moments // n,
+            gradients=gradients,
+            step=self.step - self.gradients + gradients,
+            whole=self.weights + self.average if n > 1 else 0,
+        )
+
 
 def parameters_of(module: StageModule) -> dict[str, Parameters]:
     """Of each network of a stage that is ready to be trained, hidden ones included."""
@@ -129,7 +142,6 @@ def ready(module: StageModule) -> StageModule:
 
 def needs_of(
     module: StageModule,
-    devices: Devices,
     *,
     image_shape: Sequence[int],
     share: int,
@@ -138,7 +150,7 @@ def needs_of(
     precision: str,
     accelerator: str,
 ) -> Needs:
-    """What a stage needs.
+    """What a stage needs on one device that is alone.
 
     Args:
         module: see `ready`.
@@ -153,17 +165,16 @@ def needs_of(
     rehearsed = rehearse(module, image_shape, share, num_batches, precision, accelerator)
     moments = sum(moments_of(optimizer) for optimizer in optimizers)
     others = size_of([module]) - weights - average + size_of(hidden_networks(module))
-    shards, buckets = devices.shards, gradients if devices.buckets else 0
     return Needs(
-        weights=weights // shards,
-        average=average // shards,
-        moments=moments // shards,
+        weights=weights,
+        average=average,
+        moments=moments,
         others=others,
-        gradients=gradients // shards + buckets,
+        gradients=gradients,
         kept=rehearsed.kept,
-        step=rehearsed.most - gradients + gradients // shards + buckets,
+        step=rehearsed.most,
         sampling=cache_of(module.network, samples),
-        whole=weights + average if shards > 1 else 0,
+        whole=0,
         checkpoint=bytes_of(module.state_dict().values()) + moments,
     )
 

@@ -87,7 +87,6 @@ def check_stage(
     needs = found.attempt(
         needs_of,
         trained,
-        devices,
         image_shape=(source.channels, *source.image_size),
         share=course["batch_size"] // devices.total,
         num_batches=course["num_batches"],
@@ -96,6 +95,7 @@ def check_stage(
         accelerator=job.trainer["accelerator"],
     )
     if needs is not None:
+        needs = needs.shared(devices)
         memory = device_memory(job.trainer["accelerator"], devices.each)
         rows |= memory_rows(needs, memory)
         check_memory(module, needs, memory, found)
