@@ -42,6 +42,7 @@ from var_exp.cli import (
     write_metrics,
 )
 from var_exp.evaluation import FeatureNetwork, ScoreSettings, protocol
+from var_exp.evaluation.features import made_network
 from var_exp.evaluation.sample_draw import SETTINGS, Drawer, fill, make_plan
 from var_exp.evaluation.sample_scores import beside_expected, scorer_of
 from var_exp.evaluation.sample_set import SampleSet
@@ -124,6 +125,7 @@ def check_choices(cfg: DictConfig) -> torch.device:
     if cfg.batch_size < 1:
         raise ValueError(f"batch_size: expected a whole number >= 1, got {cfg.batch_size}")
     number = cfg.evaluation.num_samples_per_scale
+    ScoreSettings(**cfg.evaluation.scores).check()
     if number < 0 or number == 1:  # of one there is no distance
         key = "evaluation.num_samples_per_scale"
         raise ValueError(f"{key}: expected 0, or a whole number >= 2, got {number!r}")
@@ -230,8 +232,8 @@ def make_eyes(cfg: DictConfig, path: Path) -> Eyes:
             f"be compared with; expected evaluation.reference=FILE.npz, which evaluation="
             f"adm_imagenet256 has"
         )
-    make_network = instantiate(cfg.evaluation.network)
-    return Eyes(make_network(folder and folder / "evaluation" / "classifier.pt", source), source)
+    place = folder and folder / "evaluation" / "classifier.pt"
+    return Eyes(made_network(instantiate(cfg.evaluation.network), place, source), source)
 
 
 def is_run(folder: Path) -> bool:

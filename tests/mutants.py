@@ -100,7 +100,8 @@ def configurations(draw: random.Random, place: Path, trained: Path, real: float 
         keys = keys_of(OmegaConf.to_container(OmegaConf.masked_copy(cfg, of_ours(cfg))))
     wrong = [mutated(draw, *draw.choice(keys)) for _ in range(draw.choice([1, 1, 1, 2]))]
     names = [key for override in wrong for key in names_of(override)]
-    if draw.random() < real:
+    shared = program == "sample" and any("devices" in key for key in names)  # starts processes
+    if draw.random() < real or shared:
         feed = lambda: really(program, place, [*options, *wrong])  # noqa: E731
     elif program == "train" and draw.random() < 1 / DEEP:
         feed = lambda: speak(run("train", *options, *wrong))  # noqa: E731

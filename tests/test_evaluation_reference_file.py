@@ -208,6 +208,14 @@ REFUSED = {
         write(lambda x: x | {"about": "{}", "features": np.full((3, 6), np.nan)}),
         "not finite",
     ),
+    "words": (
+        write(lambda x: x | {"about": "{}", "mu": x["mu"].astype("S")}),
+        "something else under our names",
+    ),
+    "dates": (
+        write(lambda x: x | {"about": "{}", "mu": np.zeros(6, "datetime64[s]")}),
+        "something else under our names",
+    ),
 }
 
 

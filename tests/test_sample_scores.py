@@ -243,6 +243,7 @@ def write_ours(**about):
         (None, ["evaluation.num_reference=0"], ["at least 1 image", "num_reference"]),
         (None, ["num_samples=3"], ["whole number >= 4", "num_neighbours", "got 3"]),
         (None, ["evaluation.scores.num_neighbours=40"], [">= 41", "num_neighbours", "got 40"]),
+        (None, ["evaluation.scores.kid_subsets=-1"], ["evaluation.scores.kid_subsets", "-1"]),
         (None, ["evaluation.num_samples_per_scale=1"], ["0, or a whole number >= 2, got 1"]),
         (None, ["evaluation.num_samples_per_scale=many"], ["num_samples_per_scale", "'many'"]),
         (None, ["evaluation=inception", "evaluation.weights=none.pth"], ["none.pth"]),

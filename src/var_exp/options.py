@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, Union
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 TARGET = "_target_"
 OF_HYDRA = {TARGET, "_partial_", "_convert_", "_recursive_", "_args_"}
@@ -101,12 +102,44 @@ def check_types(cfg: DictConfig) -> None:
             does not exist.
     """
     parts = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-    tree = OmegaConf.to_container(parts, resolve=True)
+    try:
+        tree = OmegaConf.to_container(parts, resolve=True)
+    except OmegaConfBaseException:
+        for key, value in dangling(OmegaConf.to_container(parts, resolve=False)):
+            raise ValueError(f"{key}: {value} names a key that does not exist") from None
+        raise
     own = OWN | (PARTS if "trainer" in tree else {})
     for key, value, hint in typed(tree, own):
         if not fits(value, hint):
             taken = taken_from(OmegaConf.to_container(parts, resolve=False), key)
             raise ValueError(f"{key}{taken}: expected {words(hint)}, got {shown(value)}")
+
+
+def dangling(tree: Any) -> Iterator[tuple[str, str]]:
+    """Keys whose own text names, as `${there}`, what is not there; not those that lead to them."""
+
+    def leaves(part: Any, key: str) -> Iterator[tuple[str, str]]:
+        pairs = part.items() if isinstance(part, dict) else enumerate(part)
+        for name, value in pairs:
+            where = f"{key}.{name}" if key else str(name)
+            if isinstance(value, dict | list):
+                yield from leaves(value, where)
+            elif isinstance(value, str):
+                yield where, value
+
+    def is_missing(name: str) -> bool:
+        part = tree
+        for word in name.split("."):
+            if isinstance(part, str) and "${" in part:
+                return False
+            if not isinstance(part, dict) or word not in part:
+                return True
+            part = part[word]
+        return False
+
+    for key, value in leaves(tree, ""):
+        if any(map(is_missing, re.findall(r"\$\{([\w.]+)\}", value))):
+            yield key, value
 
 
 def taken_from(tree: Any, key: str) -> str:
@@ -248,7 +281,10 @@ def is_part(value: Any, kind: type) -> bool:
         return False
     if not isinstance(value[TARGET], str):
         return False
-    target = located(value, "")
+    try:
+        target = located(value, "")
+    except ValueError:  # which is told with the key of what is wrong in it
+        return True
     made = inspect.isclass(target) and not value.get("_partial_", False)
     return not made or getattr(kind, "_is_protocol", False) or issubclass(target, kind)
 

@@ -4,9 +4,8 @@ Each function takes the whole composition and hands its parts, as plain values a
 rooms that know nothing of Hydra.
 """
 
-import functools
-import inspect
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ from torch import nn
 from var_exp.data import ImageDataModule, ImageSource, TokenCache
 from var_exp.evaluation import ScoreSettings
 from var_exp.evaluation.evaluator import Evaluator
+from var_exp.evaluation.features import made_network
 from var_exp.processes import check_tasks, given_by_torchrun
 from var_exp.sampling import check_settings
 from var_exp.scales import ScaleSchedule
 from var_exp.sources import read_tokenizer
 from var_exp.tokenizer import VQVAE
-from var_exp.training.callbacks import check_interval
+from var_exp.training.callbacks import check_callback, check_interval
 from var_exp.training.encoding import cache_key
 from var_exp.training.fit import ALL, check_precision
 from var_exp.training.stage import StageModule
@@ -32,7 +32,7 @@ from var_exp.transfer import warm_start_from
 from var_exp.transformer import VAR
 
 TRAINED = ("tokenizer", "var")
-MAX_THREADS = 4096
+MAX_THREADS = max(256, os.cpu_count() or 1)  # libgomp ends a process that cannot have so many
 STAGES = ("tokenizer", "tokens", "var")  # `tokens` encodes the images, and trains nothing
 
 
@@ -84,12 +84,7 @@ def check_evaluation(cfg: DictConfig) -> None:
             f"{counts} and {cfg.evaluation.batch_size}"
         )
     check_interval(cfg.evaluation.every_n_batches, cfg.evaluation.every_n_epochs)
-    for name in ("num_splits", "kid_subsets", "kid_subset_size", "num_neighbours"):
-        if cfg.evaluation.scores[name] < 1:
-            raise ValueError(
-                f"evaluation: {name} must be at least 1, got {cfg.evaluation.scores[name]} "
-                f"(evaluation.scores.{name})"
-            )
+    ScoreSettings(**cfg.evaluation.scores).check()
 
 
 def check_reference(cfg: DictConfig) -> None:
@@ -133,18 +128,9 @@ def check_parts(cfg: DictConfig) -> None:
         instantiate(entry)
     for stage in trained(cfg):
         for name, entry in cfg.callbacks[stage].items():
-            made, key = instantiate(entry), f"callbacks.{stage}.{name}"
-            if isinstance(made, functools.partial):
-                check_complete(made, key)
+            key = f"callbacks.{stage}.{name}"
+            check_callback(instantiate(entry), key)
             check_interval(entry.get("every_n_batches"), entry.get("every_n_epochs"), key)
-
-
-def check_complete(made: functools.partial, key: str) -> None:
-    """Raise ValueError unless nothing but the evaluator is missing."""
-    try:
-        inspect.signature(made).bind(None)
-    except TypeError as error:
-        raise ValueError(f"{key}: {error}") from None
 
 
 CHOICES = (
@@ -311,7 +297,8 @@ def make_evaluator(cfg: DictConfig, source: ImageSource, run_dir: Path) -> Evalu
     }
     sampling = OmegaConf.to_container(cfg.sampling, resolve=True)
     # Last: the classifier is trained and written here, which no mistake above may come after.
-    network = instantiate(chosen.network)(run_dir / "evaluation" / "classifier.pt", source)
+    place = run_dir / "evaluation" / "classifier.pt"
+    network = made_network(instantiate(chosen.network), place, source)
     return Evaluator(source, network, sampling, **settings)
 
 

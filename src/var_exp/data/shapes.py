@@ -90,6 +90,11 @@ class Shapes(ImageSource):
         seed: int = 0,
     ):
         super().__init__(name, image_size, channels=3, class_names=[" ".join(c) for c in CLASSES])
+        if min(num_train, num_val) < 1:
+            raise ValueError(
+                f"shapes: num_train and num_val must be at least 1, got {num_train} and {num_val} "
+                f"(data.num_train, data.num_val)"
+            )
         self.num_train = num_train
         self.num_val = num_val
         self.seed = seed

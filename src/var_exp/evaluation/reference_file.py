@@ -85,7 +85,10 @@ def load_reference(path: Path) -> Reference:
     fit = sigma.shape == 2 * mu.shape and rows[1:] == mu.shape
     if not fit or (indices is not None and len(indices) != rows[0]):
         raise NpzError("holds arrays that do not fit together")
-    if not all(np.isfinite(arrays[x]).all() for x in {"mu", "sigma", "features"} & names):
+    numbers = [arrays[name] for name in {"mu", "sigma", "features"} & names]
+    if not all(np.issubdtype(array.dtype, np.number) for array in numbers):
+        raise NpzError("holds something else under our names")
+    if not all(np.isfinite(array).all() for array in numbers):
         raise NpzError("holds numbers that are not finite")
     return reference
 

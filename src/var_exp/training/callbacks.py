@@ -1,5 +1,7 @@
 """Looking at the model while it trains: pictures and scores at each validation."""
 
+import functools
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,6 +98,21 @@ class EvaluationCallback(Callback):
 
     def evaluate(self, trainer: L.Trainer, module: StageModule) -> None:
         raise NotImplementedError
+
+
+def check_callback(made: object, key: str) -> None:
+    """Raise ValueError for what is no callback, nor will be one when it is given the evaluator."""
+    is_partial = isinstance(made, functools.partial)
+    kind = made.func if is_partial else type(made)
+    if inspect.isclass(kind) and not issubclass(kind, Callback):
+        raise ValueError(
+            f"{key}: expected a Lightning callback, got a {kind.__name__} ({key}._target_)"
+        )
+    if is_partial:
+        try:
+            inspect.signature(made).bind(None)
+        except TypeError as error:
+            raise ValueError(f"{key}: {error}") from None
 
 
 def check_interval(
