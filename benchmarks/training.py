@@ -7,8 +7,8 @@ A step is forward, backward, clipping and AdamW. It is taken from codes that are
 where codes come from: the plain way encodes images at every step, as the published code does; ours
 does so too, and reads a token cache of CACHED images, whose reading is timed by itself as well. The
 plain way always computes in float32. Before anything is timed, loss and gradients must agree, and
-the losses of the next steps. Writes `benchmarks/results/training_<precision>.json`, and prints the
-table.
+the losses of the next steps. Writes `benchmarks/results/training_<precision>.json`, with
+`--compile` `training_<precision>_compiled.json`, and prints the table.
 """
 
 import argparse
@@ -182,7 +182,8 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         "training step with its codes": harness.compare(with_codes, args),
         "codes of a training step": harness.compare(reading, args),
     }
-    harness.conclude(f"training_{precision}", args, found, checks)
+    suffix = "_compiled" if args.compile else ""
+    harness.conclude(f"training_{precision}{suffix}", args, found, checks)
 
 
 if __name__ == "__main__":
