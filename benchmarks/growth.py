@@ -1,16 +1,19 @@
 """How cost grows: sampling with scales, image size and batch, the training step with depth.
 
-    python -m benchmarks.growth --depth 8 --batch 2 --repeats 3
+    python -m benchmarks.growth --depth 8 --batch 1 --repeats 3
 
-One size changes at a time, from the sizes of the arguments. An exponent is the slope of the
-straight line through the logarithms (least squares): time grows with that power of the size. The
-number of scales changes their schedule alone: the last one stays the grid of the image. Sampling is
-timed whole and decoding by itself; the difference is the transformer's. Writes
-`benchmarks/results/growth_<precision>.json` and, with `--plot`, a picture, and prints the table.
+One size is changed at a time, from those of the arguments, with what belongs to it: the last scale
+stays the grid of the image, an image size has its schedule, and a depth d the width 64 d. An
+exponent is the slope of the straight line through the logarithms (least squares): time grows with
+that power of the size. Sampling is timed whole and decoding the codes by itself; what is left is
+drawing the codes: the transformer, the filters, and what it reads at the next scale. All sizes take
+turns, as `benchmarks/harness.py` says. Writes `benchmarks/results/growth_<precision>.json` and,
+with `--plot`, a picture, and prints the table.
 """
 
 import argparse
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,20 +24,25 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks import harness
-from benchmarks.harness import Spread, in_precision, spread
+from benchmarks.harness import in_precision, spread
 from benchmarks.limits import CLOCKS, Stopwatch
 from benchmarks.networks import draw_codes, draw_labels, make_networks, schedule_for
 from benchmarks.training import OurTraining
-from var_exp.sampling import decode_in_parts, generate
+from var_exp.sampling import Samples, decode_in_parts, generate
 from var_exp.transformer.backends import AUTO
 
 SCALES = (3, 5, 7, 10, 13, 16)
 IMAGE_SIZES = (64, 128, 256, 512)
 BATCHES = (1, 2, 4, 8)
 DEPTHS = (4, 8, 12, 16)
-PARTS = ("whole", "transformer", "decoder")
-LABELS = {"scales": "number of scales", "image_size": "pixels of a side"}
-Times = dict[str, list[float]]  # seconds of each part, round by round
+PARTS = ("whole", "drawing", "decoding")
+LABELS = {
+    "scales": "number of scales",
+    "image_size": "pixels of a side",
+    "batch": "images at once",
+    "depth": "depth d, width 64 d",
+}
+Timer = Callable[[], dict[str, float]]  # does it once: seconds of each part
 
 
 def schedule_of(num_scales: int, side: int) -> list[int]:
@@ -48,69 +56,81 @@ def schedule_of(num_scales: int, side: int) -> list[int]:
     return [round(1 + i * (side - 1) / (num_scales - 1)) for i in range(num_scales)]
 
 
-def time_sampling(args: argparse.Namespace, num_scales: int | None = None) -> Times:
-    """Whole images and their decoding."""
+def sampling_timer(args: argparse.Namespace, num_scales: int | None = None) -> Timer:
+    """Whole images, and their decoding."""
     grid = schedule_for(args.image_size).latent_size[0]
     patch_nums = schedule_of(num_scales, grid) if num_scales else None
-    transformer, tokenizer = make_networks(args, patch_nums)
+    networks = make_networks(args, patch_nums)
     labels, stopwatch = draw_labels(args), Stopwatch(torch.device(args.device), CLOCKS[args.clock])
+    drawn: list[Samples] = []
 
-    def whole() -> Any:
-        return generate(transformer, tokenizer, labels, top_k=900, top_p=0.96, return_indices=True)
+    def run() -> dict[str, float]:
+        with torch.inference_mode(), in_precision(args.precision, args.device):
+            filters = {"top_k": 900, "top_p": 0.96, "return_indices": True}
+            whole = stopwatch(lambda: drawn.append(generate(*networks, labels, **filters)))
+            indices = drawn.pop().indices
+            decoding = stopwatch(lambda: list(decode_in_parts(networks[1], indices)))
+        return {"whole": whole, "drawing": whole - decoding, "decoding": decoding}
 
-    with torch.inference_mode(), in_precision(args.precision, args.device):
-        indices = whole().indices  # and warm
-        times: Times = {part: [] for part in PARTS}
-        for _ in range(args.repeats):
-            times["whole"].append(stopwatch(whole))
-            decoding = stopwatch(lambda: list(decode_in_parts(tokenizer, indices)))
-            times["decoder"].append(decoding)
-            times["transformer"].append(times["whole"][-1] - decoding)
-    return times
+    return run
 
 
-def time_training(args: argparse.Namespace) -> Times:
+def training_timer(args: argparse.Namespace) -> Timer:
     """A step of the transformer from codes."""
     ours = OurTraining(*make_networks(args), args.precision, AUTO, False)
     codes, labels = draw_codes(args), draw_labels(args)
     stopwatch = Stopwatch(torch.device(args.device), CLOCKS[args.clock])
-    ours.step_from_codes(codes, labels)
-    steps = [stopwatch(lambda: ours.step_from_codes(codes, labels)) for _ in range(args.repeats)]
-    return {"whole": steps}
+    return lambda: {"whole": stopwatch(lambda: ours.step_from_codes(codes, labels))}
 
 
-def sweeps(args: argparse.Namespace) -> Iterator[tuple[str, str, Sequence[int], Callable]]:
-    """(work, what grows, its sizes, what times one of them)."""
+def sweeps(args: argparse.Namespace) -> Iterator[tuple[str, str, dict[int, Timer]]]:
+    """(work, what grows, a timer for each size)."""
 
-    def changed(name: str, time_it: Callable) -> Callable:
-        return lambda size: time_it(argparse.Namespace(**vars(args) | {name: size}))
+    def changed(name: str, make: Callable[..., Timer]) -> dict[int, Timer]:
+        sizes = getattr(args, f"{name}s" if name != "batch" else "batches")
+        return {n: make(argparse.Namespace(**vars(args) | {name: n})) for n in sizes}
 
-    yield "sampling", "scales", args.scales, lambda k: time_sampling(args, k)
-    yield "sampling", "image_size", args.image_sizes, changed("image_size", time_sampling)
-    yield "sampling", "batch", args.batches, changed("batch", time_sampling)
-    yield "training step", "depth", args.depths, changed("depth", time_training)
+    yield "sampling", "scales", {n: sampling_timer(args, n) for n in args.scales}
+    yield "sampling", "image_size", changed("image_size", sampling_timer)
+    yield "sampling", "batch", changed("batch", sampling_timer)
+    yield "training step", "depth", changed("depth", training_timer)
+
+
+def in_rounds(timers: dict[int, Timer], repeats: int) -> list[dict[int, dict[str, float]]]:
+    """Seconds of each size and part, round by round, after one round that does not count."""
+    for timer in timers.values():
+        timer()
+    return [{size: timer() for size, timer in timers.items()} for _ in range(repeats)]
 
 
 def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    """The power of the size that the time grows with."""
+    """The power of the size that the time grows with; nan where a time is not above zero."""
+    if min(seconds) <= 0:  # a difference of two times may be
+        return math.nan
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
+def fitted(
+    work: str, grows: str, rounds: list[dict[int, dict[str, float]]]
+) -> list[dict[str, Any]]:
+    """A row for each part: medians and quartiles at each size, and the exponent of the medians."""
+    rows, sizes = [], list(rounds[0])
+    for part in rounds[0][sizes[0]]:
+        spreads = [spread([times[size][part] for times in rounds]) for size in sizes]
+        row = {"work": work, "grows": grows, "part": part, "sizes": sizes}
+        row["seconds"] = [one._asdict() for one in spreads]
+        row["exponent"] = exponent(sizes, [one.median for one in spreads])
+        rows.append(row)
+    return rows
+
+
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each part of each sweep."""
     rows = []
-    for work, grows, sizes, time_it in sweeps(args):
-        found: dict[str, list[Spread]] = {}
-        for size in sizes:
-            for part, times in time_it(size).items():
-                found.setdefault(part, []).append(spread(times))
-            print(f"{work}, {grows} {size}: {found['whole'][-1]} s", flush=True)
-            gc.collect()
-        for part, spreads in found.items():
-            row = {"work": work, "grows": grows, "part": part, "sizes": list(sizes)}
-            row["seconds"] = [one._asdict() for one in spreads]
-            row["exponent"] = exponent(sizes, [one.median for one in spreads])
-            rows.append(row)
+    for work, grows, timers in sweeps(args):
+        rows += fitted(work, grows, in_rounds(timers, args.repeats))
+        print(f"{work}, {grows}: {rows[-1]['sizes']} measured", flush=True)
+        del timers
+        gc.collect()
     return rows
 
 

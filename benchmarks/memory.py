@@ -3,10 +3,11 @@
     python -m benchmarks.memory
 
 Computed, not measured: weights, gradients, averages and moments are counted, and a training step
-is gone through without numbers (`var_exp.preflight`). Steps of one and of two images give what an
-image takes and what does not depend on them. RESERVE is left to what that does not see: the
-allocator's rounding, workspaces, the context. Writes `benchmarks/results/memory.json`, and prints
-the table.
+is gone through without numbers (`var_exp.preflight`), that of the images' encoding included. Steps
+of two numbers of IMAGES give what an image takes and what does not depend on them; a step of few
+holds most at another moment, when the gradients are summed, which would hide them. RESERVE is left
+to what that does not see: the allocator's rounding, workspaces, the context. Writes
+`benchmarks/results/memory.json`, and prints the table.
 """
 
 import argparse
@@ -34,6 +35,7 @@ SIZES = (
 )
 GPUS = (24, 40, 80)  # GB
 RESERVE = 0.1  # of a GPU's memory
+IMAGES = (32, 64)
 RECOMPUTE = (0.0, 0.5, 1.0)
 STRATEGIES = {"ddp": Devices(8, 1, 1, True), "fsdp": Devices(8, 1, 8, False)}
 VOCAB_SIZE, CODE_DIM, WIDTH = 4096, 32, 160
@@ -75,10 +77,11 @@ def rows_of(image_size: int, depth: int, block: str) -> list[dict[str, Any]]:
     rows = []
     for recompute in RECOMPUTE:
         module = ready(make_module(image_size, depth, block, recompute))
-        needs = [needs_for(module, image_size, images) for images in (1, 2)]
+        needs = [needs_for(module, image_size, images) for images in IMAGES]
         for strategy, devices in STRATEGIES.items():
-            one, two = (needed.shared(devices).training for needed in needs)
-            each, fixed = two - one, 2 * one - two
+            few, many = (needed.shared(devices).training for needed in needs)
+            each = (many - few) // (IMAGES[1] - IMAGES[0])
+            fixed = few - IMAGES[0] * each
             fits = {
                 f"{gb} GB": max(0, int((gb * 1e9 * (1 - RESERVE) - fixed) // each)) for gb in GPUS
             }

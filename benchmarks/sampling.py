@@ -8,7 +8,8 @@ top-k 900, top-p 0.96). Before anything is timed, the same seed must give the sa
 same codes the same images; in bf16, which draws others, the logits and the images of given codes
 must come close to those of float32. A code may differ where its uniform number lies on the border
 of two codes to within rounding; from there on that sample is another one. Writes
-`benchmarks/results/sampling_<precision>.json`, and prints the table.
+`benchmarks/results/sampling_<precision>.json`, with `--compile`
+`sampling_<precision>_compiled.json`, and prints the table.
 """
 
 import argparse
@@ -55,10 +56,10 @@ class Sampler:
     def run_plain(self) -> PlainSamples:
         return sampling_plain(*self.plain, self.labels, self.uniforms, CFG_SCALE, **FILTER)
 
-    def run_ours(self, precision: str, networks: Networks | None = None) -> Samples:
+    def run_ours(self, networks: Networks, precision: str) -> Samples:
         with in_precision(precision, self.args.device):
             return generate(
-                *(networks or self.networks),
+                *networks,
                 self.labels,
                 cfg_scale=CFG_SCALE,
                 seed=self.args.seed,
@@ -163,22 +164,24 @@ def main(arguments: list[str] | None = None) -> None:
     args = harness.parse(__doc__.splitlines()[0], arguments, add_arguments)
     sampler, precision = Sampler(args), args.precision
     theirs, plain = counted(sampler.run_plain)
-    others, ours = counted(lambda: sampler.run_ours("fp32"))
+    others, ours = counted(lambda: sampler.run_ours(sampler.networks, "fp32"))
     checks = check(sampler, sampler.networks, plain, ours, precision)
     work = Work(min(theirs, others), fewest_bytes_of(sampler, plain.images))
+    run = functools.partial(sampler.run_ours, sampler.networks, precision)
     candidates = [
         Candidate("plain, fp32", sampler.run_plain, "fp32", work),
-        Candidate(f"ours, {precision}", lambda: sampler.run_ours(precision), precision, work),
+        Candidate(f"ours, {precision}", run, precision, work),
     ]
     if args.compile:
         compiled = sampler.compiled()
-        ours = sampler.run_ours("fp32", compiled)
+        ours = sampler.run_ours(compiled, "fp32")
         of_compiled = check(sampler, compiled, plain, ours, precision)
         checks |= {f"{name}, compiled": value for name, value in of_compiled.items()}
-        run = functools.partial(sampler.run_ours, precision, compiled)
+        run = functools.partial(sampler.run_ours, compiled, precision)
         candidates.append(Candidate(f"ours, {precision}, compiled", run, precision, work))
     found = {"sampling": harness.compare(candidates, args)}
-    harness.conclude(f"sampling_{precision}", args, found, checks)
+    suffix = "_compiled" if args.compile else ""
+    harness.conclude(f"sampling_{precision}{suffix}", args, found, checks)
 
 
 if __name__ == "__main__":

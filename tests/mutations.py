@@ -213,23 +213,21 @@ def judge_all(
         found, unjudged = judge_some(judge_one, left[:BETWEEN], jobs, bar)
         outcomes, left = outcomes + found, unjudged + left[BETWEEN:]
         # One of those that were being judged when a process died is the one: each by itself.
-        for item in (begun(work) or list(unjudged)) if unjudged else ():
+        for item in suspects(work, unjudged):
             alone, died = judge_some(judge_one, [item], 1, bar)
             outcomes += alone
             outcomes += [Outcome(n, kind, "?", "defect", "its process died") for kind, n in died]
             left.remove(item)
-            begun(work)
+        for folder in work.glob(f"{BEGUN}*"):
+            shutil.rmtree(folder, ignore_errors=True)
     return outcomes
 
 
-def begun(work: Path) -> list[tuple[str, int]]:
-    """Mutants whose folders were left behind, which are removed."""
-    found = []
-    for folder in work.glob(f"{BEGUN}*"):
-        kind, number, _ = folder.name.removeprefix(BEGUN).split("-", 2)
-        found.append((kind, int(number)))
-        shutil.rmtree(folder, ignore_errors=True)
-    return found
+def suspects(work: Path, unjudged: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Those whose folders were left behind; all of them where there are none."""
+    names = [folder.name.removeprefix(BEGUN).split("-") for folder in work.glob(f"{BEGUN}*")]
+    found = [(kind, int(number)) for kind, number, *_ in names]
+    return [item for item in unjudged if item in found] or list(unjudged)
 
 
 def judge_some(

@@ -56,7 +56,7 @@ def test_the_plain_way_reads_what_our_transformer_reads():
 
 def test_the_plain_way_draws_our_samples():
     sampler = sampling.Sampler(arguments())
-    plain, ours = sampler.run_plain(), sampler.run_ours("fp32")
+    plain, ours = sampler.run_plain(), sampler.run_ours(sampler.networks, "fp32")
     for a, b in zip(plain.indices, ours.indices, strict=True):
         assert torch.equal(a, b)
     torch.testing.assert_close(plain.images, ours.images, atol=1e-4, rtol=0)
@@ -124,7 +124,7 @@ def test_the_plain_way_makes_reconstructions_anew_for_the_discriminator_and_ours
 
 def test_codes_that_differ_by_more_than_rounding_are_refused():
     sampler = sampling.Sampler(arguments())
-    plain, ours = sampler.run_plain(), sampler.run_ours("fp32")
+    plain, ours = sampler.run_plain(), sampler.run_ours(sampler.networks, "fp32")
     ours = ours._replace(indices=[codes.clone() for codes in ours.indices])
     ours.indices[1][0, 0] = (ours.indices[1][0, 0] + 1000) % 4096
     with pytest.raises(Unequal, match="1 codes of scale 1 differ"):
@@ -134,7 +134,7 @@ def test_codes_that_differ_by_more_than_rounding_are_refused():
 def test_a_code_on_a_border_may_differ_and_its_sample_counts_no_longer():
     sampler = sampling.Sampler(arguments())
     plain = sampler.run_plain()
-    ours = sampler.run_ours("fp32")
+    ours = sampler.run_ours(sampler.networks, "fp32")
     ours = ours._replace(indices=[codes.clone() for codes in ours.indices])
     code = plain.indices[0][0, 0]  # the uniform number is moved to its upper border
     mass = plain.masses[0][0, 0]
@@ -368,3 +368,14 @@ def test_more_images_fit_where_blocks_are_recomputed(monkeypatch):
         fits = row["images"]["24 GB"]
         assert fits * row["bytes_per_image"] <= left < (fits + 1) * row["bytes_per_image"]
     assert memory.table([kept, anew]).count("d2, 256 px") == 2
+
+
+def test_what_an_image_takes_is_what_one_more_takes_of_many(monkeypatch):
+    monkeypatch.setattr(memory, "WIDTH", 8)
+    monkeypatch.setattr(memory, "RECOMPUTE", (0.5,))
+    monkeypatch.setattr(memory, "STRATEGIES", {"fsdp": memory.STRATEGIES["fsdp"]})
+    (row,) = memory.rows_of(256, 2, "adaln")
+    module = memory.ready(memory.make_module(256, 2, "adaln", 0.5))
+    needs = memory.needs_for(module, 256, 200).shared(memory.STRATEGIES["fsdp"])
+    expected = row["fixed_bytes"] + 200 * row["bytes_per_image"]
+    assert expected == pytest.approx(needs.training, rel=0.01)

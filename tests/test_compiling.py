@@ -12,7 +12,8 @@ from var_exp.sampling import generate
 
 def test_each_scale_is_compiled_once_for_all_blocks_and_batches_and_no_key_changes():
     torch._dynamo.reset()
-    transformer, tokenizer = tiny_transformer(depth=4).eval(), tiny_tokenizer()
+    transformer = tiny_transformer(depth=10, drop_path=0.2).eval()
+    tokenizer = tiny_tokenizer()
     keys = [list(network.state_dict()) for network in (transformer, tokenizer)]
     counter = CompileCounterWithBackend("aot_eager")
     plain = [generate(transformer, tokenizer, [0, 1], seed=seed) for seed in range(3)]

@@ -61,7 +61,7 @@ def test_recomputed_blocks_run_twice_in_training_and_once_without_gradients():
 @pytest.mark.parametrize("attention", ["mask", "segments"])
 def test_blocks_are_compiled_once_for_all_and_no_key_changes(block, attention):
     torch._dynamo.reset()
-    transformer = tiny_transformer(block=block, depth=4).train()
+    transformer = tiny_transformer(block=block, depth=10).train()
     keys, batch = list(transformer.state_dict()), given(transformer)
     transformer.computing = Computing(attention)
     loss, gradients = loss_and_gradients(transformer, *batch)
@@ -75,6 +75,16 @@ def test_blocks_are_compiled_once_for_all_and_no_key_changes(block, attention):
             torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
     assert counter.frame_count == 1  # neither for another block nor in another step
     assert list(transformer.state_dict()) == keys
+
+
+def test_blocks_that_drop_branches_at_rates_of_their_own_are_compiled_once_too():
+    torch._dynamo.reset()
+    transformer = tiny_transformer(depth=10, drop_path=0.2).train()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call_block, backend=counter, dynamic=False)
+    transformer.computing = Computing(call=compiled)
+    loss_and_gradients(transformer, *given(transformer))
+    assert counter.frame_count == 2  # the first block has no rate
 
 
 @pytest.mark.slow

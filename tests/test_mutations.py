@@ -4,6 +4,8 @@ import functools
 import os
 import shutil
 import signal
+import tempfile
+from pathlib import Path
 
 import pytest
 from tqdm import tqdm
@@ -34,8 +36,7 @@ def test_whatever_is_wrong_is_accepted_or_refused_in_one_line(kind, work, tmp_pa
 def fall(work, item):
     """What a mutant does that ends its process: the one numbered 3."""
     kind, number = item
-    place = work / f"{mutations.BEGUN}{kind}-{number}-x"
-    place.mkdir()
+    place = Path(tempfile.mkdtemp(dir=work, prefix=f"{mutations.BEGUN}{kind}-{number}-"))
     if number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     place.rmdir()

@@ -246,7 +246,7 @@ def test_dropout_and_drop_path_act_in_training_only(argument, block):
 
 def test_drop_path_grows_linearly_over_the_blocks():
     network = tiny_transformer(depth=5, drop_path=0.2)
-    assert [b.drop_path for b in network.blocks] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    assert [b.drop_path.item() for b in network.blocks] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
     assert tiny_transformer(depth=1, drop_path=0.2).blocks[0].drop_path == 0
 
 

@@ -83,6 +83,8 @@ def check_groups(arguments: list[str]) -> None:
         group, kind = override.key_or_group, override.value_type
         if group not in groups or override.is_sweep_override() or override.is_delete():
             continue
+        if group.startswith("hydra") or group == "callbacks":  # which have other choices, or none
+            continue
         if kind is not ValueType.ELEMENT or isinstance(override.value(), str | list | dict):
             continue
         names = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))

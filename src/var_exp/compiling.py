@@ -16,7 +16,8 @@ from var_exp.transformer.var import call_block
 def compile_for_sampling(transformer: VAR, tokenizer: VQVAE, backend: str = "inductor") -> None:
     """Let a pair of networks sample by compiled code, made at the first batch of each size.
 
-    In place; no key of a state dict changes, nor anything that is computed but by rounding.
+    In place; no key of a state dict changes, nor anything that is computed but by rounding. Each
+    batch size is compiled by itself; after eight torch stops, and goes on uncompiled.
 
     Args:
         backend: of `torch.compile`.

@@ -95,8 +95,9 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double the size: nearest neighbour, then a convolution.
 
-    Computed as one transposed convolution, in 16 products for each pixel instead of 36: of the
-    repeated pixels several meet one and the same sum of weights.
+    On a CPU it is computed as one transposed convolution, in 4 products for each pixel that comes
+    out instead of 9: of the repeated pixels several meet one and the same sum of weights. CUDA may
+    sum a transposed convolution in another order each time.
     """
 
     def __init__(self, channels: int):
@@ -104,11 +105,19 @@ class Upsample(nn.Module):
         self.conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Rows 2i and 2i + 1 see rows i - 1, i, i and i, i, i + 1 of x.
-        a, b, c = self.conv.weight.transpose(0, 1).unbind(2)  # (C, C, 3) each
-        a, b, c = torch.stack((c, b + c, a + b, a), dim=2).unbind(3)  # (C, C, 4)
-        weight = torch.stack((c, b + c, a + b, a), dim=3)  # (C, C, 4, 4)
-        return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
+        if x.device.type != "cpu":
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return F.conv_transpose2d(x, folded(self.conv.weight), self.conv.bias, stride=2, padding=1)
+
+
+def folded(weight: Tensor) -> Tensor:
+    """The weights (I, O, 4, 4) that meet pixels once, of (O, I, 3, 3) that meet them doubled.
+
+    Rows 2i and 2i + 1 see rows i - 1, i, i and i, i, i + 1 of what comes in.
+    """
+    a, b, c = weight.transpose(0, 1).unbind(2)  # (I, O, 3) each
+    a, b, c = torch.stack((c, b + c, a + b, a), dim=2).unbind(3)  # (I, O, 4) each
+    return torch.stack((c, b + c, a + b, a), dim=3)
 
 
 class Level(nn.Module):

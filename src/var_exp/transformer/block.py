@@ -17,7 +17,6 @@ What a block is made of is given to it: the attention and the MLP as modules, th
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import stochastic_depth
 
 NORM_EPS = 1e-6
 
@@ -87,7 +86,9 @@ class Block(nn.Module):
         self.attn = attn
         self.norm2 = norm(width, NORM_EPS, elementwise_affine=self.affine)
         self.mlp = mlp
-        self.drop_path = drop_path
+        # Held as a tensor, or each block's own rate would have a compilation of its own.
+        self.register_buffer("drop_path", torch.tensor(float(drop_path)), persistent=False)
+        self.drops = drop_path > 0
 
     @staticmethod
     def shared_modulation(width: int) -> nn.Module:
@@ -103,7 +104,11 @@ class Block(nn.Module):
         return x + self.skip(self.mlp(self.norm2(x)))  # (B, n, C)
 
     def skip(self, branch: Tensor) -> Tensor:
-        return stochastic_depth(branch, self.drop_path, "row", self.training)
+        """Drop the branch (B, n, C) of some samples in training, and make up for it in others."""
+        if not (self.training and self.drops):
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        return branch * kept / (1 - self.drop_path)
 
     def init_modulation(self, gate_init: float) -> None:
         """Scale the freshly initialised modulation; GPT-2's block has none."""
