@@ -41,8 +41,8 @@ from var_exp.cli import (
     table,
     write_metrics,
 )
+from var_exp.compiling import check_compiler
 from var_exp.evaluation import FeatureNetwork, ScoreSettings, protocol
-from var_exp.evaluation.features import made_network
 from var_exp.evaluation.sample_draw import SETTINGS, Drawer, fill, make_plan
 from var_exp.evaluation.sample_scores import beside_expected, scorer_of
 from var_exp.evaluation.sample_set import SampleSet
@@ -58,6 +58,7 @@ from var_exp.processes import (
 )
 from var_exp.slurm import requeue
 from var_exp.sources import Found, read_networks, read_published
+from var_exp.wiring import make_network
 
 EXPORTS = {"export": "portable folder", "export_official": "published files"}
 NUM_SAMPLES = 16  # unless asked otherwise
@@ -122,6 +123,8 @@ def check_choices(cfg: DictConfig) -> torch.device:
     check_tasks(cfg.devices, cfg.num_nodes)
     check_sweep(cfg.devices * cfg.num_nodes)
     check_meeting_point(cfg.devices * cfg.num_nodes, cfg.num_nodes)
+    if cfg.compile:
+        check_compiler(device)
     if cfg.batch_size < 1:
         raise ValueError(f"batch_size: expected a whole number >= 1, got {cfg.batch_size}")
     number = cfg.evaluation.num_samples_per_scale
@@ -232,8 +235,7 @@ def make_eyes(cfg: DictConfig, path: Path) -> Eyes:
             f"be compared with; expected evaluation.reference=FILE.npz, which evaluation="
             f"adm_imagenet256 has"
         )
-    place = folder and folder / "evaluation" / "classifier.pt"
-    return Eyes(made_network(instantiate(cfg.evaluation.network), place, source), source)
+    return Eyes(make_network(cfg, folder, source), source)
 
 
 def is_run(folder: Path) -> bool:

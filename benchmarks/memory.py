@@ -3,18 +3,19 @@
     python -m benchmarks.memory
 
 Computed, not measured: weights, gradients, averages and moments are counted, and a training step
-is gone through without numbers (`var_exp.preflight`), that of the images' encoding included. Steps
-of two numbers of IMAGES give what an image takes and what does not depend on them; a step of few
-holds most at another moment, when the gradients are summed, which would hide them. RESERVE is left
-to what that does not see: the allocator's rounding, workspaces, the context. Writes
-`benchmarks/results/memory.json`, and prints the table.
+is gone through without numbers (`var_exp.preflight`) from images, whose encoding is the moment that
+takes most where blocks are recomputed. It is done for each number of IMAGES; between them memory is
+taken to grow evenly. RESERVE is left to what that does not see: the allocator's rounding,
+workspaces, the context. Writes `benchmarks/results/memory.json`, and prints the table.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.harness import RESULTS, markdown
@@ -35,7 +36,7 @@ SIZES = (
 )
 GPUS = (24, 40, 80)  # GB
 RESERVE = 0.1  # of a GPU's memory
-IMAGES = (32, 64)
+IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 RECOMPUTE = (0.0, 0.5, 1.0)
 STRATEGIES = {"ddp": Devices(8, 1, 1, True), "fsdp": Devices(8, 1, 8, False)}
 VOCAB_SIZE, CODE_DIM, WIDTH = 4096, 32, 160
@@ -79,27 +80,28 @@ def rows_of(image_size: int, depth: int, block: str) -> list[dict[str, Any]]:
         module = ready(make_module(image_size, depth, block, recompute))
         needs = [needs_for(module, image_size, images) for images in IMAGES]
         for strategy, devices in STRATEGIES.items():
-            few, many = (needed.shared(devices).training for needed in needs)
-            each = (many - few) // (IMAGES[1] - IMAGES[0])
-            fixed = few - IMAGES[0] * each
-            fits = {
-                f"{gb} GB": max(0, int((gb * 1e9 * (1 - RESERVE) - fixed) // each)) for gb in GPUS
-            }
-            sizes = {"image_size": image_size, "depth": depth, "recompute": recompute}
-            about = sizes | {"strategy": strategy, "fixed_bytes": fixed, "bytes_per_image": each}
-            rows.append(about | {"images": fits})
-            print(json.dumps(rows[-1]), flush=True)
+            total = [needed.shared(devices).training for needed in needs]
+            row = {"image_size": image_size, "depth": depth, "recompute": recompute}
+            row |= {"strategy": strategy, "bytes": dict(zip(IMAGES, total, strict=True))}
+            row["images"] = {f"{gb} GB": fitting(gb * 1e9 * (1 - RESERVE), total) for gb in GPUS}
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     return rows
 
 
+def fitting(available: float, total: Sequence[int]) -> int:
+    """How many images fit into some bytes, of which `total` are taken by each of IMAGES."""
+    if available < total[0]:
+        return 0
+    return int(np.interp(available, total, IMAGES))
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    head = ["size", "strategy", "recompute", "fixed", "an image", *(f"{gb} GB" for gb in GPUS)]
-    cells = [head]
+    cells = [["size", "strategy", "recompute", *(f"{gb} GB" for gb in GPUS)]]
     for row in rows:
         fits = [str(n) if n else "none" for n in row["images"].values()]
-        amounts = [f"{row[key] / 1e9:.2f} GB" for key in ("fixed_bytes", "bytes_per_image")]
         size = f"d{row['depth']}, {row['image_size']} px"
-        cells.append([size, row["strategy"], f"{row['recompute']:g}", *amounts, *fits])
+        cells.append([size, row["strategy"], f"{row['recompute']:g}", *fits])
     return markdown(cells)
 
 

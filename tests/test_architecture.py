@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "search_space": set(),
     "continuation": {"processes"},
     "wiring": NETWORKS
-    | {"data", "evaluation", "processes", "sampling", "sources", "training", "transfer"},
+    | {"data", "evaluation", "options", "processes", "sampling", "sources", "training", "transfer"},
     "preflight": NETWORKS | FILES | SIGNALS | {"data", "training", "cli"},
     "options": set(),
     "cli": FILES | SIGNALS | RANKS | {"environment", "options", "processes", "slurm"},

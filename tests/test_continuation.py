@@ -30,8 +30,23 @@ def changed(key, value):
     return tree
 
 
+def with_module(**options):
+    """The configuration with these options of the module of stage two."""
+    return changed("model.var.module", options)
+
+
 def found(now, begun=("tokenizer", "var"), same_code=True):
     return check_changes("runs/x", WAS, now, begun, same_code)
+
+
+@pytest.mark.parametrize(
+    "name, value, other",
+    [("recompute", 0.0, 1.0), ("attention", "mask", "flex"), ("compile", False, True)],
+)
+def test_how_blocks_are_computed_may_change_and_is_told(name, value, other):
+    was, now = with_module(**{name: value}), with_module(**{name: other})
+    (change,) = check_changes("runs/x", was, now, ("var",), True)
+    assert str(change) == f"model.var.module.{name} {value} -> {other}"
 
 
 @pytest.mark.parametrize("key, value", [("trainer.devices", 4), ("model.var.save_every", 9)])

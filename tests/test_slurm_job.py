@@ -192,3 +192,11 @@ def test_what_cannot_be_submitted_is_one_line(arguments, lack, said, tmp_path, m
     (line,) = done.err.splitlines()
     assert re.match(f"error: hydra/launcher=slurm: .*{said}", line)
     assert not (tmp_path / "runs").exists()
+
+
+def test_several_processes_of_a_shells_job_are_refused_and_its_own_is_not(job):
+    job(**STEP | {"SLURM_JOB_NAME": "interactive"})
+    with pytest.raises(ValueError, match="started 4 processes.*SLURM_JOB_NAME=train srun"):
+        check_tasks(2, 2)
+    job(SLURM_STEP_NUM_TASKS=1)
+    check_tasks(2, 1)  # which starts them itself

@@ -28,6 +28,18 @@ def compile_for_sampling(transformer: VAR, tokenizer: VQVAE, backend: str = "ind
     tokenizer.decoder.compile(backend=backend, dynamic=False)
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raise ValueError where torch has nothing to compile with."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # of whichever compiler
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"compile: torch cannot compile here ({reason}); install a C++ compiler, on a GPU "
+            f"Triton, or leave it out (compile=false)"
+        ) from None
+
+
 def renamed(name: str) -> FunctionType:
     """A `call_block` of its own: torch counts, and limits, the versions of one function."""
     code = call_block.__code__.replace(co_name=name)

@@ -3,7 +3,8 @@
 Going on means that the run ends as if it had never stopped. So what decides on weights, data and
 schedules of a stage that is not over must be as it was; what only decides on speed, on where
 things are written, or on what is looked at may change, and is told. So is the number of processes
-or of micro-batches: they train the same, but dropout and dropped labels are drawn otherwise.
+or of micro-batches: they train the same, but dropout and dropped labels are drawn otherwise; and
+how blocks are computed, which rounds otherwise.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,10 @@ FREE = (
     "tokens",  # how many views there are is in the plan of the stage, see `fit_stage`
 )
 # Of a stage, by the end of the key.
-FREE_OF_A_STAGE = (".save_every", ".module.micro_batch", ".module.weights")
+FREE_OF_A_STAGE = (
+    *(".save_every", ".module.micro_batch", ".module.weights"),
+    *(".module.recompute", ".module.attention", ".module.compile"),
+)
 # What only one stage is trained with.
 OWN = {
     "tokenizer": ("model.tokenizer", "adversary", "tokenizer"),

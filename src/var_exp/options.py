@@ -7,6 +7,7 @@ before anything is built, whatever part it is in.
 """
 
 import difflib
+import functools
 import inspect
 import math
 import os
@@ -104,9 +105,9 @@ def check_types(cfg: DictConfig) -> None:
     parts = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
     try:
         tree = OmegaConf.to_container(parts, resolve=True)
-    except OmegaConfBaseException:
-        for key, value in dangling(OmegaConf.to_container(parts, resolve=False)):
-            raise ValueError(f"{key}: {value} names a key that does not exist") from None
+    except OmegaConfBaseException as error:
+        if key := names_missing(OmegaConf.to_container(parts, resolve=False), error):
+            raise ValueError(f"{key}: {str(error).splitlines()[0]}") from None
         raise
     own = OWN | (PARTS if "trainer" in tree else {})
     for key, value, hint in typed(tree, own):
@@ -115,31 +116,16 @@ def check_types(cfg: DictConfig) -> None:
             raise ValueError(f"{key}{taken}: expected {words(hint)}, got {shown(value)}")
 
 
-def dangling(tree: Any) -> Iterator[tuple[str, str]]:
-    """Keys whose own text names, as `${there}`, what is not there; not those that lead to them."""
-
-    def leaves(part: Any, key: str) -> Iterator[tuple[str, str]]:
-        pairs = part.items() if isinstance(part, dict) else enumerate(part)
-        for name, value in pairs:
-            where = f"{key}.{name}" if key else str(name)
-            if isinstance(value, dict | list):
-                yield from leaves(value, where)
-            elif isinstance(value, str):
-                yield where, value
-
-    def is_missing(name: str) -> bool:
-        part = tree
-        for word in name.split("."):
-            if isinstance(part, str) and "${" in part:
-                return False
-            if not isinstance(part, dict) or word not in part:
-                return True
-            part = part[word]
-        return False
-
-    for key, value in leaves(tree, ""):
-        if any(map(is_missing, re.findall(r"\$\{([\w.]+)\}", value))):
-            yield key, value
+def names_missing(tree: Any, error: Exception, key: str = "") -> str | None:
+    """The key whose own text names what is not there, of those that lead to it."""
+    missing = re.search("Interpolation key '(.*)' not found", str(error))
+    if isinstance(tree, str):
+        return key if missing and f"${{{missing[1]}}}" in tree else None
+    if not isinstance(tree, dict | list):
+        return None
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    found = (names_missing(one, error, f"{key}.{name}".strip(".")) for name, one in pairs)
+    return next(filter(None, found), None)
 
 
 def taken_from(tree: Any, key: str) -> str:
@@ -232,6 +218,25 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
         return typing.get_type_hints(function)
     except (NameError, TypeError):  # names that only a type checker imports
         return {}
+
+
+def check_part(made: Any, kind: type, key: str, *given: Any) -> None:
+    """Raise ValueError for what is none of a kind, nor will be one when it is given the rest.
+
+    Args:
+        made: of the part at this key; what is `_partial_` there waits for `given`.
+    """
+    is_partial = isinstance(made, functools.partial)
+    target = made.func if is_partial else type(made)
+    if inspect.isclass(target) and not issubclass(target, kind):
+        raise ValueError(
+            f"{key}: expected a {kind.__name__}, got a {target.__name__} ({key}.{TARGET})"
+        )
+    if is_partial:
+        try:
+            inspect.signature(made).bind(*given)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{key}: {error}") from None
 
 
 # -- values and annotations ---------------------------------------------------------------

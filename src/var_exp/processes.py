@@ -180,10 +180,18 @@ def check_tasks(devices: int | str, num_nodes: int) -> None:
         devices, num_nodes: of the job: on a machine, and machines. Of devices that are found, not
             named, nothing is known yet.
     """
-    if "SLURM_NTASKS" not in os.environ or is_interactive() or dist.is_torchelastic_launched():
+    if "SLURM_NTASKS" not in os.environ or dist.is_torchelastic_launched():
         return
     # Of the step that srun has started; whatever was not started by it is alone.
     tasks, nodes = (int(os.environ.get(f"SLURM_STEP_NUM_{n}", 1)) for n in ("TASKS", "NODES"))
+    if is_interactive():
+        if os.environ["SLURM_JOB_NAME"] == "interactive" and tasks > 1:  # of srun within salloc
+            raise ValueError(
+                f"devices: Slurm has started {tasks} processes, each of which takes itself for the "
+                f"only one, as in a shell, since their job is called 'interactive'; type "
+                f"SLURM_JOB_NAME=train srun ..."
+            )
+        return
     named = type(devices) is int and devices > 0
     even = tasks == 1 or "SLURM_NTASKS_PER_NODE" in os.environ  # else lightning refuses
     if not even or nodes != num_nodes or named and tasks != devices * num_nodes:

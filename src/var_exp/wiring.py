@@ -4,6 +4,7 @@ Each function takes the whole composition and hands its parts, as plain values a
 rooms that know nothing of Hydra.
 """
 
+import inspect
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -16,15 +17,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from var_exp.data import ImageDataModule, ImageSource, TokenCache
-from var_exp.evaluation import ScoreSettings
+from var_exp.evaluation import FeatureNetwork, ScoreSettings
 from var_exp.evaluation.evaluator import Evaluator
-from var_exp.evaluation.features import made_network
+from var_exp.options import check_part
 from var_exp.processes import check_tasks, given_by_torchrun
 from var_exp.sampling import check_settings
 from var_exp.scales import ScaleSchedule
 from var_exp.sources import read_tokenizer
 from var_exp.tokenizer import VQVAE
-from var_exp.training.callbacks import check_callback, check_interval
+from var_exp.training.callbacks import Callback, EvaluationCallback, check_interval
 from var_exp.training.encoding import cache_key
 from var_exp.training.fit import ALL, check_precision
 from var_exp.training.stage import StageModule
@@ -128,9 +129,11 @@ def check_parts(cfg: DictConfig) -> None:
         instantiate(entry)
     for stage in trained(cfg):
         for name, entry in cfg.callbacks[stage].items():
-            key = f"callbacks.{stage}.{name}"
-            check_callback(instantiate(entry), key)
-            check_interval(entry.get("every_n_batches"), entry.get("every_n_epochs"), key)
+            made, key = instantiate(entry), f"callbacks.{stage}.{name}"
+            check_part(made, Callback, key, None)
+            target = getattr(made, "func", None)
+            if inspect.isclass(target) and issubclass(target, EvaluationCallback):
+                check_interval(entry.get("every_n_batches"), entry.get("every_n_epochs"), key)
 
 
 CHOICES = (
@@ -297,9 +300,22 @@ def make_evaluator(cfg: DictConfig, source: ImageSource, run_dir: Path) -> Evalu
     }
     sampling = OmegaConf.to_container(cfg.sampling, resolve=True)
     # Last: the classifier is trained and written here, which no mistake above may come after.
-    place = run_dir / "evaluation" / "classifier.pt"
-    network = made_network(instantiate(chosen.network), place, source)
+    network = make_network(cfg, run_dir, source)
     return Evaluator(source, network, sampling, **settings)
+
+
+def make_network(
+    cfg: DictConfig, run_dir: Path | None, source: ImageSource | None
+) -> FeatureNetwork:
+    """The network whose features samples are compared in; the run's classifier is trained for it.
+
+    Args:
+        run_dir, source: of the run whose samples they are, None where it is not known.
+    """
+    make = instantiate(cfg.evaluation.network)
+    given = run_dir and run_dir / "evaluation" / "classifier.pt", source
+    check_part(make, FeatureNetwork, "evaluation.network", *given)
+    return make(*given)
 
 
 def make_trainer(cfg: DictConfig) -> Callable[..., Any]:

@@ -11,9 +11,7 @@ Every network sees images of 8 bits, rounded by one rule, as if they were read f
 """
 
 import hashlib
-from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -87,27 +85,6 @@ class FeatureNetwork(nn.Module):
 
     def train(self, mode: bool = True) -> "FeatureNetwork":
         return super().train(False)
-
-
-def made_network(make: Callable[..., Any], path: Path | None, source: Any) -> FeatureNetwork:
-    """What a configuration's `evaluation.network` makes for a run.
-
-    Args:
-        make: called with the file of the run's classifier and the source of its images.
-
-    Raises:
-        ValueError: it takes something else, or gives something else.
-    """
-    try:
-        network = make(path, source)
-    except TypeError as error:
-        raise ValueError(f"evaluation.network: {error} (evaluation.network._target_)") from error
-    if not isinstance(network, FeatureNetwork):
-        raise ValueError(
-            f"evaluation.network: expected a FeatureNetwork, got a {type(network).__name__} "
-            f"(evaluation.network._target_)"
-        )
-    return network
 
 
 def _pixels(images: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def make_plan(
         "image_size": list(tokenizer.image_size),
         "classes": _choose_classes(classes, transformer.num_classes),
         "precision": precision,
-        **({"compiled": True} if compiled else {}),
+        **({"compiled": True} if compiled else {}),  # sets without it are of before it was there
         **settings,
     }
 

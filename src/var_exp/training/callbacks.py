@@ -1,7 +1,5 @@
 """Looking at the model while it trains: pictures and scores at each validation."""
 
-import functools
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,30 +98,15 @@ class EvaluationCallback(Callback):
         raise NotImplementedError
 
 
-def check_callback(made: object, key: str) -> None:
-    """Raise ValueError for what is no callback, nor will be one when it is given the evaluator."""
-    is_partial = isinstance(made, functools.partial)
-    kind = made.func if is_partial else type(made)
-    if inspect.isclass(kind) and not issubclass(kind, Callback):
-        raise ValueError(
-            f"{key}: expected a Lightning callback, got a {kind.__name__} ({key}._target_)"
-        )
-    if is_partial:
-        try:
-            inspect.signature(made).bind(None)
-        except TypeError as error:
-            raise ValueError(f"{key}: {error}") from None
-
-
 def check_interval(
     every_n_batches: int | None, every_n_epochs: int | None, key: str = "evaluation"
 ) -> None:
     """Raise ValueError unless at most one is given, and that one is at least 1."""
     given = [n for n in (every_n_batches, every_n_epochs) if n is not None]
-    if len(given) > 1 or any(not isinstance(n, int) or n < 1 for n in given):
+    if len(given) > 1 or any(type(n) is not int or n < 1 for n in given):
         raise ValueError(
             f"{key}: expected every_n_batches or every_n_epochs, at least 1, or null for both, got "
-            f"{every_n_batches} and {every_n_epochs} ({key}.every_n_batches)"
+            f"{every_n_batches} and {every_n_epochs} ({key}.every_n_batches, {key}.every_n_epochs)"
         )
 
 
