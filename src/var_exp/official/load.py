@@ -155,11 +155,12 @@ def _transformer(state: State, patch_nums: Sequence[Side] | None, num_heads: int
     arguments = transformer_arguments(state, patch_nums, num_heads)
     with torch.device("meta"):
         network = VAR(**arguments)
-    tiny = {"vocab_size": 2, "code_dim": 1, "num_classes": 0, "depth": 1, "width": 1}
+    tiny = {"vocab_size": 2, "code_dim": 1, "num_classes": 0, "width": 1, "num_heads": 1}
     with torch.device(_device(state)):
-        same_schedule = VAR(**arguments | tiny | {"num_heads": 1})
-    for name, buffer in same_schedule.named_buffers():
-        network.register_buffer(name, buffer, persistent=False)
+        same_buffers = VAR(**arguments | tiny)
+    for name, buffer in same_buffers.named_buffers():
+        parent, _, own = name.rpartition(".")
+        network.get_submodule(parent).register_buffer(own, buffer, persistent=False)
     return _fill(network, state)
 
 

@@ -298,7 +298,7 @@ class StageModule(ShardableModule):
 def different(where: str, theirs: Any, ours: Any) -> ValueError:
     return ValueError(
         f"resume: the checkpoint has {where} {theirs}, this run {ours}; continue with the run's "
-        f"own configuration, or start another run from its weights (init_from=PATH)"
+        f"own configuration, or in a new run folder from its weights (init_from=PATH)"
     )
 
 
