@@ -27,7 +27,8 @@ def test_on_a_terminal_the_bar_tells_the_loss_and_goes_on_where_the_run_does(
     run(stage, digits, tmp_path, Interrupt(5))
     capsys.readouterr()
     _, losses = run(stage, digits, tmp_path)
-    shown = re.split(r"[\r\n]+", capsys.readouterr().out)
+    # Where a validation's bar stands below, the cursor is moved before the line.
+    shown = re.split(r"[\r\n]+", re.sub(r"\x1b\[\w", "", capsys.readouterr().out))
     (*_, last) = [line for line in shown if line.startswith(f"{stage}:")]
     assert f" {NUM_BATCHES}/{NUM_BATCHES} " in last
     (loss,) = re.findall(r"loss=([\d.]+)", last)
