@@ -27,6 +27,7 @@ from benchmarks import harness
 from benchmarks.harness import in_precision, spread
 from benchmarks.limits import CLOCKS, Stopwatch
 from benchmarks.networks import draw_codes, draw_labels, make_networks, schedule_for
+from benchmarks.sampling import CFG_SCALE, FILTER
 from benchmarks.training import OurTraining
 from var_exp.sampling import Samples, decode_in_parts, generate
 from var_exp.transformer.backends import AUTO
@@ -66,8 +67,8 @@ def sampling_timer(args: argparse.Namespace, num_scales: int | None = None) -> T
 
     def run() -> dict[str, float]:
         with torch.inference_mode(), in_precision(args.precision, args.device):
-            filters = {"top_k": 900, "top_p": 0.96, "return_indices": True}
-            whole = stopwatch(lambda: drawn.append(generate(*networks, labels, **filters)))
+            settings = FILTER | {"cfg_scale": CFG_SCALE, "return_indices": True}
+            whole = stopwatch(lambda: drawn.append(generate(*networks, labels, **settings)))
             indices = drawn.pop().indices
             decoding = stopwatch(lambda: list(decode_in_parts(networks[1], indices)))
         return {"whole": whole, "drawing": whole - decoding, "decoding": decoding}
@@ -157,7 +158,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             bars = (middle - low, high - middle)
             axes.errorbar(row["sizes"], middle, bars, marker="o", markersize=4, label=label)
         axes.set(xscale="log", yscale="log", title=kind[0], ylabel="seconds")
-        axes.set_xlabel(LABELS.get(kind[1], kind[1]))
+        axes.set_xlabel(LABELS[kind[1]])
         axes.set_xticks(row["sizes"], [str(size) for size in row["sizes"]])
         axes.minorticks_off()
         axes.grid(alpha=0.3)

@@ -5,12 +5,13 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tiny import BLOCKS, SCALES, tiny_tokenizer, tiny_transformer
-from var_exp.compiling import compile_for_sampling
+from var_exp.compiling import check_compiler, compile_for_sampling
+from var_exp.evaluation.sample_draw import make_plan
 from var_exp.pipeline import VARPipeline
 from var_exp.sampling import generate
 
 
-def test_each_scale_is_compiled_once_for_all_blocks_and_batches_and_no_key_changes():
+def test_each_scale_is_compiled_once_for_all_blocks_and_seeds_and_no_key_changes():
     torch._dynamo.reset()
     transformer = tiny_transformer(depth=10, drop_path=0.2).eval()
     tokenizer = tiny_tokenizer()
@@ -35,6 +36,26 @@ def test_whatever_the_blocks_are_made_of(block, options):
     drawn = generate(transformer, tokenizer, [0, 1], return_indices=True)
     assert all(map(torch.equal, drawn.indices, plain.indices))
     torch.testing.assert_close(drawn.images, plain.images, atol=1e-5, rtol=0)
+
+
+def test_without_a_compiler_it_is_refused_in_one_line(monkeypatch):
+    def fails(function):
+        def run(*_):
+            raise RuntimeError("no g++ here\nand much more")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(ValueError, match=r"compile: .*\(no g\+\+ here\); .*compile=false") as told:
+        check_compiler(torch.device("cpu"))
+    assert "\n" not in str(told.value)
+
+
+def test_samples_of_compiled_networks_are_another_set():
+    settings = {"cfg_scale": 1.5, "top_k": 0, "top_p": 0.0, "temperature": 1.0, "seed": 0}
+    networks = tiny_transformer(), tiny_tokenizer()
+    plans = [make_plan(*networks, "all", "32-true", settings, c) for c in (False, True)]
+    assert plans[1] == plans[0] | {"compiled": True} and "compiled" not in plans[0]
 
 
 @pytest.mark.slow

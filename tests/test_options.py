@@ -5,6 +5,7 @@ from omegaconf import OmegaConf
 
 from command import CONF, composed
 from test_bad_input import refused_run
+from var_exp.cli import check_groups
 from var_exp.options import check_types
 
 GROUPS = ("data", "adversary", "tokenizer", "transformer", "trainer", "logger", "evaluation")
@@ -13,6 +14,19 @@ GROUPS = ("data", "adversary", "tokenizer", "transformer", "trainer", "logger", 
 @pytest.mark.parametrize("choice", [f"{g}={p.stem}" for g in GROUPS for p in (CONF / g).iterdir()])
 def test_every_part_that_is_there_to_choose_has_values_of_its_types(choice):
     check_types(composed("train", choice))
+
+
+@pytest.mark.parametrize("override", ["trainer=0", "adversary=7", "data=null", "logger=true"])
+def test_a_choice_of_a_group_that_is_no_name_is_refused_with_the_names(override):
+    group, _, value = override.partition("=")
+    names = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+    with pytest.raises(SystemExit, match=f"^error: {group}: expected one of {names}, got {value}$"):
+        check_groups(["seed=1", override])
+
+
+def test_choices_that_are_names_or_none_are_left_to_hydra():
+    names = ["trainer=cpu", "trainer=cpu,gpu", "~logger", "hydra/launcher=null", "seed=0"]
+    check_groups([*names, "trainer={devices:2}", "-m"])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Networks compiled for sampling: the transformer's blocks for each scale, and the decoder.
 
 Every scale has a number of tokens of its own, which never changes, so each gets its own code, for
-all blocks together. It is worth the wait for hundreds of images, see docs/speed.md.
+all blocks together. On a CPU it has not been quicker, see docs/speed.md.
 """
 
 from types import FunctionType

@@ -118,9 +118,9 @@ class VARPipeline:
         return self
 
     def compile(self) -> None:
-        """Draw by compiled code from now on: the first images take minutes, the others less.
+        """Draw by compiled code from now on, which is made while the first images are drawn.
 
-        It needs a C++ compiler, or on a GPU Triton.
+        It needs a C++ compiler, or on a GPU Triton. On a CPU it has not been quicker.
         """
         compile_for_sampling(self.transformer, self.tokenizer)
 
