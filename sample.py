@@ -30,6 +30,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from var_exp.allocation import keep_memory
 from var_exp.cli import (
     Metrics,
     check_sweep,
@@ -69,6 +70,7 @@ METRICS, STAGE = "metrics.json", "sample"  # where figures of samples are filed,
 def sample(cfg: DictConfig, out: Path) -> None:
     """Export the networks where that is asked for; draw into `out`, and score."""
     device = check_choices(cfg)
+    keep_memory()
     found = choose_networks(cfg)
     networks = VARPipeline(found.transformer, found.tokenizer, found.class_names)
     asked = {key: cfg[key] for key in EXPORTS if cfg[key] is not None}

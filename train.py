@@ -27,6 +27,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from var_exp.allocation import keep_memory
 from var_exp.cli import (
     check_sweep,
     how_to_go_on,
@@ -80,6 +81,7 @@ from var_exp.wiring import (
 def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
     """Run the configured stages; all final metrics, keyed `stage/metric`."""
     check_choices(cfg)
+    keep_memory()
     if cfg.num_threads:
         torch.set_num_threads(cfg.num_threads)
     if cfg.resume == "never" and is_begun_anew(run_dir):

@@ -29,6 +29,7 @@ from benchmarks.limits import CLOCKS, Stopwatch
 from benchmarks.networks import draw_codes, draw_labels, make_networks, schedule_for
 from benchmarks.sampling import CFG_SCALE, FILTER
 from benchmarks.training import OurTraining
+from var_exp.allocation import keep_memory
 from var_exp.sampling import Samples, decode_in_parts, generate
 from var_exp.transformer.backends import AUTO
 
@@ -177,6 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     args = harness.parse(__doc__.splitlines()[0], arguments, add_arguments)
+    keep_memory()  # as our programs do
     rows = measure(args)
     found = harness.about(args) | {"results": rows}
     harness.save(f"growth_{args.precision}", found, Path(args.results))

@@ -3,7 +3,8 @@
 What else a machine does changes from minute to minute, and meets whoever runs at the time. So all
 candidates of a benchmark run in one process, once in each round, the round's first one changing
 from round to round, and a ratio is taken within a round; the medians over the rounds count, between
-their quartiles. The machine's limits (`limits.py`) are measured in every round like a candidate.
+their quartiles. Memory is held as the candidate says, by `var_exp.allocation` or by the C library
+alone. The machine's limits (`limits.py`) are measured in every round like a candidate.
 """
 
 import argparse
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.limits import CLOCKS, PRECISIONS, Limits, Stopwatch, Work, least
+from var_exp.allocation import give_memory_back, keep_memory
 from var_exp.environment import machine
 
+FIRST_RUNS = 3  # where memory is kept: a training step has all that it keeps after the second
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -28,13 +31,19 @@ class Candidate(NamedTuple):
     """One way of doing a piece of work.
 
     run: does it once. precision: a key of `PRECISIONS`. work: what it has to do at least, None
-    where its share of the machine's limit says nothing.
+    where its share of the machine's limit says nothing. keeps_memory: as our programs do.
     """
 
     name: str
     run: Callable[[], Any]
     precision: str
     work: Work | None = None
+    keeps_memory: bool = False
+
+
+def kept(candidate: Candidate) -> Candidate:
+    """The same, in a process that keeps the memory of its tensors."""
+    return candidate._replace(name=f"{candidate.name}, memory kept", keeps_memory=True)
 
 
 class Spread(NamedTuple):
@@ -59,18 +68,34 @@ def interleave(
 ) -> list[dict[str, float]]:
     """Seconds of each candidate by name, round by round, after one round that does not count.
 
-    What `limits` measures comes with each round under the names that it gives.
+    What `limits` measures comes with each round under the names that it gives. Where memory is held
+    otherwise from then on, a candidate runs before it is timed: what a process asks the system for
+    in its first runs alone does not count.
     """
     for candidate in candidates:
         candidate.run()
     rounds = []
     for number in range(repeats):
         first = number % len(candidates)
+        keeping = hold_memory(keep=True)
         times = limits.measure()
         for candidate in [*candidates[first:], *candidates[:first]]:
+            if candidate.keeps_memory != keeping:
+                keeping = hold_memory(candidate.keeps_memory)
+                for _ in range(FIRST_RUNS if keeping else 1):
+                    candidate.run()
             times[candidate.name] = stopwatch(candidate.run)
         rounds.append(times)
     return rounds
+
+
+def hold_memory(keep: bool) -> bool:
+    """Let the process keep its memory from now on, or give it back; what was asked for."""
+    if keep:
+        keep_memory()
+    else:
+        give_memory_back()
+    return keep
 
 
 def summary(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from var_exp.training.machine import wait_for
+from var_exp.transformer.linear import PRODUCT, linear
 
 aten = torch.ops.aten
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -63,7 +64,7 @@ class Limits:
         """Operations per second in each precision, and bytes read and written per second."""
         found = {}
         for name, (a, b) in self.matrices.items():
-            found[name] = 2 * self.size**3 / self._best(lambda a=a, b=b: a @ b)
+            found[name] = 2 * self.size**3 / self._best(lambda a=a, b=b: linear(a, b))
         moved = 2 * self.source.numel() * self.source.element_size()
         found["copy"] = moved / self._best(lambda: self.target.copy_(self.source))
         return found
@@ -152,10 +153,17 @@ def attention_backward(_, query: Tensor, key: Tensor, value: Tensor, *__, attn_m
     return round(2 * pairs * (3 * query.shape[-1] + 2 * value.shape[-1]))
 
 
-# FlopCounterMode knows attention on GPUs alone. It is given the tensors themselves, not shapes,
-# where `_get_raw` says so, as `register_flop_formula(..., get_raw=True)` does.
-attention._get_raw = attention_backward._get_raw = True
+def linear_layer(x: Tensor, weight: Tensor, *_, **__) -> int:
+    return 2 * x.numel() * len(weight)
+
+
+# FlopCounterMode does not know attention and linear layers as CPUs compute them. It gives a formula
+# the tensors themselves, not shapes, where `_get_raw` says so, as `register_flop_formula(...,
+# get_raw=True)` does.
+attention._get_raw = attention_backward._get_raw = linear_layer._get_raw = True
 ON_CPU = {
     aten._scaled_dot_product_flash_attention_for_cpu: attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
 }
+if PRODUCT is not None:
+    ON_CPU[PRODUCT] = linear_layer

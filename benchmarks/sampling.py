@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.baseline import PlainTokenizer, PlainTransformer, sampling_plain
 from benchmarks.baseline.sampling import PlainSamples
-from benchmarks.harness import Candidate, Unequal, check_close, in_precision
+from benchmarks.harness import Candidate, Unequal, check_close, in_precision, kept
 from benchmarks.limits import PRECISIONS, Work, counted, fewest_bytes
 from benchmarks.networks import draw_labels, make_networks
 from var_exp.compiling import compile_for_sampling
@@ -172,13 +172,14 @@ def main(arguments: list[str] | None = None) -> None:
         Candidate("plain, fp32", sampler.run_plain, "fp32", work),
         Candidate(f"ours, {precision}", run, precision, work),
     ]
+    candidates += [kept(candidate) for candidate in candidates]
     if args.compile:
         compiled = sampler.compiled()
         ours = sampler.run_ours(compiled, "fp32")
         of_compiled = check(sampler, compiled, plain, ours, precision)
         checks |= {f"{name}, compiled": value for name, value in of_compiled.items()}
         run = functools.partial(sampler.run_ours, compiled, precision)
-        candidates.append(Candidate(f"ours, {precision}, compiled", run, precision, work))
+        candidates.append(kept(Candidate(f"ours, {precision}, compiled", run, precision, work)))
     found = {"sampling": harness.compare(candidates, args)}
     suffix = "_compiled" if args.compile else ""
     harness.conclude(f"sampling_{precision}{suffix}", args, found, checks)

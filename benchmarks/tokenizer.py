@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import harness, tokenizer_training
 from benchmarks.baseline import PlainTokenizer
-from benchmarks.harness import Candidate, Unequal, check_close, in_precision
+from benchmarks.harness import Candidate, Unequal, check_close, in_precision, kept
 from benchmarks.limits import Work, counted, fewest_bytes
 from benchmarks.networks import draw_images, make_networks
 from var_exp.tokenizer import VQVAE
@@ -102,6 +102,7 @@ def measure(
             Candidate("plain, fp32", theirs, "fp32", work),
             Candidate(f"ours, {precision}", ours, precision, work),
         ]
+        candidates += [kept(candidate) for candidate in candidates]
         found[name] = harness.compare(candidates, args)
     return found
 

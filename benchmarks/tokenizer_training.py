@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from benchmarks.baseline import PlainPatchGAN, PlainTokenizer, PlainTokenizerTraining
-from benchmarks.harness import Candidate, Unequal, check_close, in_precision
+from benchmarks.harness import Candidate, Unequal, check_close, in_precision, kept
 from benchmarks.limits import Work, counted, fewest_bytes
 from var_exp.tokenizer import VQVAE
 from var_exp.tokenizer.adversary import Adversary
@@ -180,5 +180,6 @@ def measure(
             Candidate("plain, fp32", runs[0], "fp32", work),
             Candidate(f"ours, {args.precision}", runs[1], args.precision, work),
         ]
+        candidates += [kept(candidate) for candidate in candidates]
         found[name] = harness.compare(candidates, args)
     return found, checks

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.baseline import PlainTokenizer, PlainTraining, PlainTransformer
-from benchmarks.harness import Candidate, check_close, in_precision
+from benchmarks.harness import Candidate, check_close, in_precision, kept
 from benchmarks.limits import Work, counted, fewest_bytes
 from benchmarks.networks import draw_codes, draw_images, draw_labels, make_networks
 from var_exp.data.sampler import GlobalBatchSampler
@@ -168,14 +168,16 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         Candidate("plain, fp32", from_codes[0], "fp32", work),
         Candidate(name, from_codes[1], precision, work),
     ]
+    step += [kept(candidate) for candidate in step]
     with_codes = [
         Candidate("plain, fp32, from images", from_images[0], "fp32"),
         Candidate(f"{name}, from images", from_images[1], precision),
         Candidate(f"{name}, cache", lambda: ours.step_from_codes(next(read), labels), precision),
     ]
+    with_codes.append(kept(with_codes[-1]))
     reading = [
-        Candidate(f"{name}, a step", from_codes[1], precision),
-        Candidate("reading its codes", lambda: next(read), precision),
+        kept(Candidate(f"{name}, a step", from_codes[1], precision)),
+        kept(Candidate("reading its codes", lambda: next(read), precision)),
     ]
     found = {
         "training step": harness.compare(step, args),

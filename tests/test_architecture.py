@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "spec": set(),
     "files": set(),
     "environment": set(),
+    "allocation": set(),
     "ranks": set(),
     "interruption": set(),
     "processes": SIGNALS,

@@ -5,8 +5,8 @@ import torch
 
 from tiny import tiny_transformer
 from var_exp.scales import ScaleSchedule
-from var_exp.transformer import backends
 from var_exp.transformer.backends import attend_whole, check_backend, chosen_backend
+from var_exp.transformer.segments import SegmentsOnCPU
 from var_exp.transformer.var import Computing
 
 SCHEDULES = {
@@ -86,13 +86,39 @@ def test_segments_do_what_autograd_makes_of_a_call_for_each_scale(monkeypatch):
     def never(*_):
         raise AssertionError
 
-    monkeypatch.setattr(backends.SegmentsOnCPU, "apply", never)
+    monkeypatch.setattr(SegmentsOnCPU, "apply", never)
     with pytest.raises(AssertionError):
         attend(*tensors, SCALE, 0.0)
     # Dropout so small that it drops nothing takes the other way.
     slow = with_gradients(attend, tensors, weights, dropout=1e-12)
     for a, b in zip(ours, slow, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_weights_are_kept_for_sequences_that_are_not_long_alone():
+    for size, kept in (("256 pixels", True), ("512 pixels", False)):
+        attend, length = make("segments", SCHEDULES[size])
+        out = attend(*drawn(length, torch.bfloat16), SCALE, 0.0)
+        largest = max(tensor.numel() for tensor in out.grad_fn.saved_tensors)
+        assert (largest > out.numel()) == kept
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_weights_in_bfloat16_have_exponents_of_float32(autocast):
+    attend, length = make("segments", SCHEDULES["256 pixels"])
+    q, k, v = drawn(length, torch.bfloat16)
+    weights = torch.randn(2, HEADS, length, HEAD_DIM)
+    sharp = [
+        20 * q.detach(),
+        k.detach(),
+        v.detach(),
+    ]  # exponents of hundreds, where 8 bits say little
+    precise = [x.float().requires_grad_() for x in sharp]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = with_gradients(attend, [x.requires_grad_() for x in sharp], weights)
+    for ours, expected in zip(found, with_gradients(attend, precise, weights), strict=True):
+        error = (ours.float() - expected).norm() / expected.norm()
+        assert error < 0.02
 
 
 def test_segments_drop_attention_weights_where_they_are_told_to():

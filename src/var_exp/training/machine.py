@@ -3,11 +3,14 @@
 import functools
 import time
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from var_exp.transformer.linear import PRODUCT, linear
 
 SMALLEST, LARGEST = 256, 8192  # sides of the matrices; the largest three take 0.8 GB in float32
 LONG_ENOUGH = 0.01  # seconds of a product, beside which starting and timing it weigh little
@@ -22,11 +25,17 @@ def attention_backward(gradient, query, key, value, *_, out_shape=None, **__) ->
     return flop_counter.sdpa_backward_flop_count(gradient, query, key, value)
 
 
-# Attention as CPUs compute it, which torch's own table leaves out.
+def linear_layer(x, weight, *_, out_shape=None, **__) -> int:
+    return 2 * prod(x) * weight[0]
+
+
+# Attention and linear layers as CPUs compute them, which torch's own table leaves out.
 ON_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
 }
+if PRODUCT is not None:
+    ON_CPU[PRODUCT] = linear_layer
 FORMULAS: dict[Any, Callable[..., int]] = flop_counter.flop_registry | {
     operator: flop_counter.shape_wrapper(formula) for operator, formula in ON_CPU.items()
 }
@@ -91,7 +100,7 @@ def time_product(a: torch.Tensor, b: torch.Tensor) -> float:
     """Seconds of a matrix product, until it is done."""
     wait_for(a.device)
     start = time.perf_counter()
-    a @ b
+    linear(a, b)
     wait_for(a.device)
     return time.perf_counter() - start
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_exp.transformer.backends import Attend
+from var_exp.transformer.linear import Linear, linear
 from var_exp.transformer.rope import rotate
 
 
@@ -97,10 +98,10 @@ class SelfAttention(nn.Module):
         self.num_heads, self.head_dim = num_heads, width // num_heads
         self.scale = 1.0 if qk_norm else softmax_scale / math.sqrt(self.head_dim)
         self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
         if qk_norm:
             self.log_scale = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4)))
         else:
@@ -121,7 +122,7 @@ class SelfAttention(nn.Module):
         """
         b, n, c = x.shape
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias)  # (B, n, 3C)
+        qkv = linear(x, self.qkv.weight, bias)  # (B, n, 3C)
         qkv = qkv.view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (B, H, n, E)
         if self.log_scale is not None:

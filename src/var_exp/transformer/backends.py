@@ -15,7 +15,7 @@ products and the rate of dropout, and gives (B, H, L, E).
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from var_exp.scales import ScaleSchedule
+from var_exp.transformer.segments import attend_segments
 
 Attend = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
 
@@ -75,69 +76,6 @@ def by_mask(schedule: ScaleSchedule, mask: Tensor) -> Attend:
 def by_segments(schedule: ScaleSchedule, mask: Tensor) -> Attend:
     ends = [where.stop for where in schedule.slices if where.stop <= len(mask)]
     return functools.partial(attend_segments, ends)
-
-
-def attend_segments(
-    ends: Sequence[int], q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float
-) -> Tensor:
-    """Each scale by itself; `ends` are those of the scales in the sequence."""
-    if q.device.type == "cpu" and dropout == 0 and torch.is_grad_enabled():
-        return SegmentsOnCPU.apply(q, k, v, tuple(ends), scale)
-    parts = [
-        F.scaled_dot_product_attention(
-            q[:, :, first:end], k[:, :, :end], v[:, :, :end], dropout_p=dropout, scale=scale
-        )
-        for first, end in zip((0, *ends), ends, strict=False)
-    ]
-    return torch.cat(parts, dim=2)
-
-
-class SegmentsOnCPU(torch.autograd.Function):
-    """The segments with one gradient of all keys and values, to which each scale adds its part.
-
-    Autograd would make such gradients anew for each scale, padded with zeros, and add them up. By
-    the kernels that `scaled_dot_product_attention` takes on a CPU.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: tuple[int, ...], scale: float
-    ) -> Tensor:
-        out, normalizers = torch.empty_like(q), []
-        for first, end in zip((0, *ends), ends, strict=False):
-            part, normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q[:, :, first:end], k[:, :, :end], v[:, :, :end], scale=scale
-            )
-            out[:, :, first:end] = part
-            normalizers.append(normalizer)
-        ctx.save_for_backward(q, k, v, out, *normalizers)
-        ctx.ends, ctx.scale = ends, scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *normalizers = ctx.saved_tensors
-        grad_q = torch.empty_like(q)
-        # Many small sums: in float32, whatever their terms are in.
-        grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
-        spans = zip((0, *ctx.ends), ctx.ends, normalizers, strict=False)
-        for first, end, normalizer in spans:
-            queries, keys = slice(first, end), slice(0, end)
-            of_q, of_k, of_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad[:, :, queries],
-                q[:, :, queries],
-                k[:, :, keys],
-                v[:, :, keys],
-                out[:, :, queries],
-                normalizer,
-                0.0,
-                False,
-                scale=ctx.scale,
-            )
-            grad_q[:, :, queries] = of_q
-            grad_k[:, :, keys] += of_k
-            grad_v[:, :, keys] += of_v
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
 
 
 # -- FlexAttention --------------------------------------------------------------------------

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from var_exp.transformer.linear import Linear
+
 NORM_EPS = 1e-6
 
 
@@ -33,7 +35,7 @@ class MLP(nn.Module):
     def __init__(self, width: int, mlp_ratio: float, dropout: float):
         super().__init__()
         hidden = round(width * mlp_ratio)
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int, mlp_ratio: float, dropout: float):
         super().__init__()
         hidden = 8 * max(1, round(width * mlp_ratio * 2 / 3 / 8))
-        self.fc1, self.fc2 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+        self.fc1, self.fc2 = Linear(width, 2 * hidden), Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ class AdaLNBlock(Block):
         self._make_modulation(width)
 
     def _make_modulation(self, width: int) -> None:
-        self.ada_lin = nn.Linear(width, 6 * width)
+        self.ada_lin = Linear(width, 6 * width)
 
     def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
         """(B, C) -> gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp (B, 1, C)."""
@@ -149,7 +151,7 @@ class SharedAdaLNBlock(AdaLNBlock):
 
     @staticmethod
     def shared_modulation(width: int) -> nn.Module:
-        return nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        return nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
 
     def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
         """(B, 6C) -> the six vectors (B, 1, C)."""
@@ -168,7 +170,7 @@ class Head(nn.Module):
     def __init__(self, width: int, vocab_size: int, norm: type[nn.Module]):
         super().__init__()
         self.norm = norm(width, NORM_EPS, elementwise_affine=self.affine)
-        self.linear = nn.Linear(width, vocab_size)
+        self.linear = Linear(width, vocab_size)
 
     def modulation(self, embedding: Tensor) -> tuple[Tensor, ...]:
         return ()
@@ -184,7 +186,7 @@ class AdaLNHead(Head):
 
     def __init__(self, width: int, vocab_size: int, norm: type[nn.Module]):
         super().__init__(width, vocab_size, norm)
-        self.ada_lin = nn.Linear(width, 2 * width)
+        self.ada_lin = Linear(width, 2 * width)
 
     def modulation(self, embedding: Tensor) -> tuple[Tensor, ...]:
         """(B, C) -> scale, shift (B, 1, C)."""

@@ -29,6 +29,7 @@ from var_exp.transformer.block import (
     SharedAdaLNBlock,
     SwiGLU,
 )
+from var_exp.transformer.linear import Linear
 from var_exp.transformer.rope import rotation_of
 
 BLOCKS = {
@@ -149,7 +150,7 @@ class VAR(nn.Module):
         self.computing = Computing()
 
         self.class_embedding = nn.Embedding(num_classes + 1, self.width)
-        self.code_projection = nn.Linear(code_dim, self.width)
+        self.code_projection = Linear(code_dim, self.width)
         self.start_position = nn.Parameter(torch.empty(1, self.schedule.num_tokens[0], self.width))
         self.position = nn.Parameter(torch.empty(1, self.schedule.seq_len, self.width))
         self.level_embedding = nn.Embedding(self.schedule.num_scales, self.width)

@@ -1,0 +1,52 @@
+"""A process that keeps its memory does not ask the system for it again."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from command import ROOT
+from var_exp.allocation import keep_memory
+
+PROGRAM = """
+import resource, sys, torch
+from var_exp import allocation
+
+held = [getattr(allocation, name)() for name in sys.argv[1:]]
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(2**24).add_(1)  # 64 MB
+print(all(held), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults_with(*calls: str, **environment: str) -> int:
+    """Pages that the system fills for the sixth tensor of 64 MB, after those calls."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC")}
+    variables |= {"PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": "", **environment}
+    command = [sys.executable, "-c", PROGRAM, *calls]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    held, faults = done.stdout.split()
+    if held == "False" and not environment:
+        pytest.skip("a C library that cannot be told")
+    return int(faults)
+
+
+def test_memory_that_was_kept_is_used_again():
+    usual, kept = faults_with(), faults_with("keep_memory")
+    if usual < 1000:
+        pytest.skip("a system that fills large pages")
+    assert kept < usual / 100
+
+
+def test_memory_is_given_back_again():
+    usual = faults_with()
+    assert faults_with("keep_memory", "give_memory_back") > usual / 2
+
+
+def test_what_the_environment_says_of_memory_stays(monkeypatch):
+    given = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    assert faults_with("keep_memory", **given) > faults_with() / 2
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=1000000")
+    assert not keep_memory()
