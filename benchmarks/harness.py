@@ -23,7 +23,9 @@ from benchmarks.limits import CLOCKS, PRECISIONS, Limits, Stopwatch, Work, least
 from var_exp.allocation import give_memory_back, keep_memory
 from var_exp.environment import machine
 
-FIRST_RUNS = 3  # where memory is kept: a training step has all that it keeps after the second
+FIRST_RUNS = 2  # a training step has all the memory that it keeps after the second
+# Variables of the environment, by their beginnings.
+THAT_MATTER = ("ONEDNN_", "ATEN_CPU", "OMP_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -68,34 +70,32 @@ def interleave(
 ) -> list[dict[str, float]]:
     """Seconds of each candidate by name, round by round, after one round that does not count.
 
-    What `limits` measures comes with each round under the names that it gives. Where memory is held
-    otherwise from then on, a candidate runs before it is timed: what a process asks the system for
-    in its first runs alone does not count.
+    What `limits` measures comes with each round under the names that it gives. Those that keep
+    their memory come after the others, and each runs FIRST_RUNS times before it is timed: what a
+    process asks the system for in these alone does not count.
     """
     for candidate in candidates:
         candidate.run()
+    usual, keeping = ([c for c in candidates if c.keeps_memory == keeps] for keeps in (False, True))
     rounds = []
     for number in range(repeats):
-        first = number % len(candidates)
-        keeping = hold_memory(keep=True)
-        times = limits.measure()
-        for candidate in [*candidates[first:], *candidates[:first]]:
-            if candidate.keeps_memory != keeping:
-                keeping = hold_memory(candidate.keeps_memory)
-                for _ in range(FIRST_RUNS if keeping else 1):
-                    candidate.run()
-            times[candidate.name] = stopwatch(candidate.run)
+        times = {c.name: stopwatch(c.run) for c in rotated(usual, number)}
+        if keeping:
+            keep_memory()
+            for candidate in keeping * FIRST_RUNS:
+                candidate.run()
+        times |= limits.measure()
+        times |= {c.name: stopwatch(c.run) for c in rotated(keeping, number)}
+        if keeping:
+            give_memory_back()
         rounds.append(times)
     return rounds
 
 
-def hold_memory(keep: bool) -> bool:
-    """Let the process keep its memory from now on, or give it back; what was asked for."""
-    if keep:
-        keep_memory()
-    else:
-        give_memory_back()
-    return keep
+def rotated(candidates: Sequence[Candidate], number: int) -> list[Candidate]:
+    """The same, beginning with the one of that number, counted round and round."""
+    first = number % len(candidates) if candidates else 0
+    return [*candidates[first:], *candidates[:first]]
 
 
 def summary(
@@ -152,7 +152,14 @@ def parse(
 
 
 def compare(candidates: Sequence[Candidate], args: argparse.Namespace) -> dict[str, Any]:
-    """Measure candidates that do the same work, which needs no more than the least of them."""
+    """Measure candidates that do the same work, which needs no more than the least of them.
+
+    Those that keep their memory are left out where that cannot be.
+    """
+    if keep_memory():
+        give_memory_back()
+    else:
+        candidates = [candidate for candidate in candidates if not candidate.keeps_memory]
     common = least([c.work for c in candidates if c.work is not None])
     candidates = [c._replace(work=common if c.work is not None else None) for c in candidates]
     stopwatch = Stopwatch(torch.device(args.device), CLOCKS[args.clock])
@@ -170,7 +177,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
     """Where and how the figures are obtained, as plain data."""
     threads = {"threads": torch.get_num_threads()}
     threads["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    limited = {k: v for k, v in os.environ.items() if k.startswith(("ONEDNN_", "ATEN_CPU", "OMP_"))}
+    limited = {k: v for k, v in os.environ.items() if k.startswith(THAT_MATTER)}
     date = datetime.now().strftime("%Y-%m-%d %H:%M")
     settings = {k: v for k, v in vars(args).items() if k != "results"}
     return {"machine": machine() | threads | {"environment": limited}, "date": date} | {

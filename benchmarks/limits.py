@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from var_exp.training.machine import wait_for
-from var_exp.transformer.linear import PRODUCT, linear
+from var_exp.transformer.linear import ONEDNN_LINEAR, linear
 
 aten = torch.ops.aten
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -165,5 +165,5 @@ ON_CPU = {
     aten._scaled_dot_product_flash_attention_for_cpu: attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
 }
-if PRODUCT is not None:
-    ON_CPU[PRODUCT] = linear_layer
+if ONEDNN_LINEAR is not None:
+    ON_CPU[ONEDNN_LINEAR] = linear_layer

@@ -176,8 +176,8 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     ]
     with_codes.append(kept(with_codes[-1]))
     reading = [
-        kept(Candidate(f"{name}, a step", from_codes[1], precision)),
-        kept(Candidate("reading its codes", lambda: next(read), precision)),
+        Candidate(f"{name}, a step", from_codes[1], precision),
+        Candidate("reading its codes", lambda: next(read), precision),
     ]
     found = {
         "training step": harness.compare(step, args),

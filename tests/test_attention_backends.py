@@ -121,6 +121,12 @@ def test_weights_in_bfloat16_have_exponents_of_float32(autocast):
         assert error < 0.02
 
 
+def test_gradients_in_double_precision_are_those_of_differences():
+    attend, length = make("segments", [1, 2])
+    tensors = [tensor.detach().requires_grad_() for tensor in drawn(length, torch.float64)]
+    assert torch.autograd.gradcheck(lambda *qkv: attend(*qkv, SCALE, 0.0), tensors)
+
+
 def test_segments_drop_attention_weights_where_they_are_told_to():
     attend, length = make("segments", [1, 2, 3])
     tensors = drawn(length)

@@ -13,6 +13,7 @@ _PLACES = {
     "build": "api",
     "build_tokenizer": "api",
     "generate": "sampling",
+    "keep_memory": "allocation",
     "load_official": "official",
     "next_scale_prediction": "api",
     "official_state_dict": "official",

@@ -10,7 +10,7 @@ import torch
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from var_exp.transformer.linear import PRODUCT, linear
+from var_exp.transformer.linear import ONEDNN_LINEAR, linear
 
 SMALLEST, LARGEST = 256, 8192  # sides of the matrices; the largest three take 0.8 GB in float32
 LONG_ENOUGH = 0.01  # seconds of a product, beside which starting and timing it weigh little
@@ -34,8 +34,8 @@ ON_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
 }
-if PRODUCT is not None:
-    ON_CPU[PRODUCT] = linear_layer
+if ONEDNN_LINEAR is not None:
+    ON_CPU[ONEDNN_LINEAR] = linear_layer
 FORMULAS: dict[Any, Callable[..., int]] = flop_counter.flop_registry | {
     operator: flop_counter.shape_wrapper(formula) for operator, formula in ON_CPU.items()
 }

@@ -1,9 +1,9 @@
-"""Linear layers by the quickest product that torch has.
+"""Linear layers in float32 by oneDNN.
 
-On x86 processors torch gives float32 products to MKL, which uses half of what an AMD processor
-with AVX-512 can do, and convolutions and bfloat16 products to oneDNN, which uses all of it. So
-float32 products go to oneDNN here, too: forward, and both of the backward pass. It is the same
-arithmetic, summed in another order; whatever the number of rows, a row is summed in the same one.
+On x86 processors torch computes convolutions and bfloat16 products by oneDNN, but float32 products
+by MKL, which takes twice as long on an AMD processor with AVX-512 (docs/speed.md; not measured on
+Intel's). Here they go to oneDNN, too, forward and backward. It is the same arithmetic, summed in
+another order.
 """
 
 from typing import Any
@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# None where torch has no MKL: on a Mac, say, it has Apple's own products.
+# The operator that `torch.compile` takes on CPUs; None where torch has not both libraries: on a
+# Mac, say, it has Apple's own products.
 BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-PRODUCT = torch.ops.mkldnn._linear_pointwise if BOTH else None
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if BOTH else None
 
 
 class Linear(nn.Linear):
@@ -26,25 +27,36 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (..., I), weight (O, I), bias (O,) -> (..., O)."""
-    if not by_onednn(x, weight):
+    if not by_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
     return OneDNNLinear.apply(x, weight, bias)
 
 
-def by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch would give the product to MKL though oneDNN is there."""
-    single = x.dtype == weight.dtype == torch.float32
-    on_cpu = x.device.type == "cpu" and x.numel() > 0
-    return PRODUCT is not None and single and on_cpu and not torch.is_autocast_enabled("cpu")
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch would give the product to MKL though oneDNN is there.
+
+    What does not fit together is torch's, which says so.
+    """
+    if ONEDNN_LINEAR is None or torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting():
+        return False
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    single = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+    shaped = x.ndim > 1 and weight.ndim == 2 and x.shape[-1] == weight.shape[1] and x.numel() > 0
+    return single and shaped and (bias is None or bias.shape == weight.shape[:1])
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """A linear layer and its gradients, by the operator that `torch.compile` uses on CPUs."""
+    """A linear layer, whose gradients are linear layers."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if torch.compiler.is_compiling():
+            return opaque_linear(x, weight, bias)
+        return ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor):
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -52,25 +64,18 @@ class OneDNNLinear(torch.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad
         rows = grad.flatten(0, -2)  # (N, O)
         return (
-            product(grad, weight.T) if of_x else None,
-            product(rows.T, x.flatten(0, -2).T) if of_weight else None,
+            OneDNNLinear.apply(grad, weight.T, None) if of_x else None,
+            OneDNNLinear.apply(rows.T, x.flatten(0, -2).T, None) if of_weight else None,
             rows.sum(dim=0) if of_bias else None,
         )
 
 
-@torch.library.custom_op("var_exp::product", mutates_args=())
-def opaque_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`product` for `torch.compile`, which takes the operator's weights for constants."""
-    return PRODUCT(x, weight, bias, "none", [], "")
+@torch.library.custom_op("var_exp::linear", mutates_args=())
+def opaque_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The operator in compiled code, where torch would refuse weights that are no constants."""
+    return ONEDNN_LINEAR(x, weight, bias, "none", [], "")
 
 
-@opaque_product.register_fake
+@opaque_linear.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], len(weight))
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., I), weight (O, I) -> (..., O)."""
-    if torch.compiler.is_compiling():
-        return opaque_product(x, weight, bias)
-    return PRODUCT(x, weight, bias, "none", [], "")
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

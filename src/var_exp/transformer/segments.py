@@ -2,7 +2,7 @@
 
 On a CPU the backward pass is written out. Autograd would make the gradients of keys and values anew
 for each scale, padded with zeros, and add them up; here there is one of each, to which every scale
-adds its part. The forward pass comes in two ways (`Whole`, `Products`), by the dtype.
+adds its part. The forward pass comes in two ways (`Flash`, `Products`), by the dtype.
 
     B batch, H heads, L tokens, n tokens of a scale, m tokens up to its end, E head dimension
 """
@@ -13,11 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-
-# Tokens up to which `Products` may keep its weights: those of a block are as large as the rest of
-# what it keeps at 680 tokens, and grow with their square.
-MOST = 1024
+# Tokens up to which `Products` may keep its weights, which grow with their square.
+MOST_TOKENS = 1024
 
 
 def attend_segments(
@@ -48,24 +47,25 @@ class SegmentsOnCPU(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: tuple[int, ...], scale: float
     ) -> Tensor:
-        way = Whole if q.dtype == torch.float32 or q.shape[2] > MOST else Products
+        kernel = Products if q.dtype == torch.bfloat16 and q.shape[2] <= MOST_TOKENS else Flash
         out, kept = torch.empty_like(q), []
         for queries, keys in spans(ends):
-            part, keeps = way.forward(q[:, :, queries], k[:, :, keys], v[:, :, keys], scale)
+            part, keeps = kernel.forward(q[:, :, queries], k[:, :, keys], v[:, :, keys], scale)
             out[:, :, queries] = part
             kept.append(keeps)
         ctx.save_for_backward(q, k, v, out, *kept)
-        ctx.ends, ctx.scale, ctx.way = ends, scale, way
+        ctx.ends, ctx.scale, ctx.kernel = ends, scale, kernel
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *kept = ctx.saved_tensors
         grad_q = torch.empty_like(q)
         # Many small sums: in float32, whatever their terms are in.
         grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
         for (queries, keys), keeps in zip(spans(ctx.ends), kept, strict=True):
-            of_q, of_k, of_v = ctx.way.backward(
+            of_q, of_k, of_v = ctx.kernel.backward(
                 grad[:, :, queries],
                 q[:, :, queries],
                 k[:, :, keys],
@@ -80,8 +80,8 @@ class SegmentsOnCPU(torch.autograd.Function):
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
 
 
-class Whole:
-    """By the kernels that `scaled_dot_product_attention` takes on a CPU; keeps (B, n, H) sums."""
+class Flash:
+    """By the kernels that `scaled_dot_product_attention` takes; keeps logarithms (B, n, H)."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -89,26 +89,24 @@ class Whole:
 
     @staticmethod
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, scale: float
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, sums, 0.0, False, scale=scale
+            grad, q, k, v, out, log_sums, 0.0, False, scale=scale
         )
 
 
 class Products:
     """By a product, a softmax and a product; keeps the weights (B, H, n, m).
 
-    For dtypes whose products a CPU computes several times as fast as float32's: those kernels take
-    as long in bfloat16 as in float32, and their backward pass four times as long as this one. The
-    exponents are computed in float32, as they are there.
+    For bfloat16, in which those kernels take as long as in float32, and their backward pass four
+    times as long as this one. The exponents are in float32, as they are there.
     """
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        with torch.autocast("cpu", enabled=False):  # which would round the exponents
-            exponents = (q.float() * scale) @ k.float().mT
-        weights = torch.softmax(exponents, dim=-1, out=exponents).to(v.dtype)
+        exponents = products(q, k).mul_(scale)
+        weights = exponents.softmax(dim=-1).to(v.dtype)
         return weights @ v, weights
 
     @staticmethod
@@ -118,3 +116,24 @@ class Products:
         of_weights = grad @ v.mT
         of_exponents = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
         return (of_exponents @ k) * scale, (of_exponents.mT @ q) * scale, weights.mT @ grad
+
+
+@torch.library.custom_op("var_exp::products", mutates_args=())
+def products(q: Tensor, k: Tensor) -> Tensor:
+    """q (B, H, n, E) and k (B, H, m, E) in bfloat16 -> their products (B, H, n, m) in float32.
+
+    oneDNN may round the factors to bfloat16, which they are already, so that nothing is lost. An
+    operator of its own, since `torch.compile` cannot look into such a setting.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        with torch.autocast("cpu", enabled=False):  # which would round the products
+            return q.float() @ k.float().mT
+    finally:
+        matmul.fp32_precision = before
+
+
+@products.register_fake
+def _(q: Tensor, k: Tensor) -> Tensor:
+    return q.new_empty(*q.shape[:-1], k.shape[-2], dtype=torch.float32)
