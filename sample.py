@@ -64,6 +64,7 @@ from var_exp.wiring import make_network
 EXPORTS = {"export": "portable folder", "export_official": "published files"}
 NUM_SAMPLES = 16  # unless asked otherwise
 CONFIG = ".hydra/config.yaml"  # of the run that networks are from
+GRAPHS = "graphs"  # what `compile` may be besides true and false
 METRICS, STAGE = "metrics.json", "sample"  # where figures of samples are filed, and under what
 
 
@@ -85,12 +86,12 @@ def sample(cfg: DictConfig, out: Path) -> None:
     check_place(out)
     num_samples = choose_number(cfg)
     pair, settings = (found.transformer, found.tokenizer), {name: cfg[name] for name in SETTINGS}
-    plan = make_plan(*pair, cfg.classes, cfg.precision, settings, cfg.compile)
+    plan = make_plan(*pair, cfg.classes, cfg.precision, settings, bool(cfg.compile))
     eyes = make_eyes(cfg, found.path) if cfg.evaluate else None
     with joined(device, cfg.devices, cfg.num_nodes) as processes, ExitStack() as held:
         networks.to(processes.device)
         if cfg.compile:
-            networks.compile()
+            networks.compile(graphs=cfg.compile == GRAPHS)
         drawer = Drawer(*pair, plan, eyes and make_scorer(cfg, eyes, found.tokenizer))
         samples = make_set(cfg, out, num_samples, drawer)
         about = eyes and describe(cfg, samples, drawer, found.weights)
@@ -125,6 +126,10 @@ def check_choices(cfg: DictConfig) -> torch.device:
     check_tasks(cfg.devices, cfg.num_nodes)
     check_sweep(cfg.devices * cfg.num_nodes)
     check_meeting_point(cfg.devices * cfg.num_nodes, cfg.num_nodes)
+    if cfg.compile not in (True, False, GRAPHS):
+        raise ValueError(f"compile: expected true, false or {GRAPHS}, got {cfg.compile}")
+    if cfg.compile == GRAPHS and device.type != "cuda":
+        raise ValueError(f"compile={GRAPHS}: CUDA graphs need a CUDA device, got {device} (device)")
     if cfg.compile:
         check_compiler(device)
     if cfg.batch_size < 1:

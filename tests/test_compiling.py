@@ -38,6 +38,33 @@ def test_whatever_the_blocks_are_made_of(block, options):
     torch.testing.assert_close(drawn.images, plain.images, atol=1e-5, rtol=0)
 
 
+def test_with_graphs_keys_and_values_stay_where_they_are_and_samples_are_the_same(monkeypatch):
+    modes, caches = [], []
+    transformer, tokenizer = tiny_transformer(depth=3).eval(), tiny_tokenizer()
+    batches = [([0, 1], 0), ([1], 1), ([1, 1], 2), ([0, 1], 0)]
+    plain = [generate(transformer, tokenizer, labels, seed=seed) for labels, seed in batches]
+
+    def compiled(function, **options):
+        modes.append(options.get("mode"))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(tokenizer.decoder, "compile", lambda **_: None)
+    compile_for_sampling(transformer, tokenizer, graphs=True)
+    assert modes == ["reduce-overhead"] * len(SCALES)
+    for (labels, seed), expected in zip(batches, plain, strict=True):
+        assert torch.equal(generate(transformer, tokenizer, labels, seed=seed), expected)
+        caches.append(list(transformer.computing.caches))
+    sizes = [[key[0] for key in keys] for keys in caches]
+    assert sizes == [[4], [4, 2], [4, 2], [4, 2]]  # rows with and without a class
+    for cache in transformer.computing.caches.values():
+        for keys, values in cache.layers:
+            assert keys._dynamo_static_input_type == values._dynamo_static_input_type == "unguarded"
+    compile_for_sampling(transformer, tokenizer)
+    assert transformer.computing.caches is None
+    assert transformer.make_cache(2) is not transformer.make_cache(2)
+
+
 def test_without_a_compiler_it_is_refused_in_one_line(monkeypatch):
     def fails(function):
         def run(*_):

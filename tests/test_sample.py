@@ -161,6 +161,17 @@ def test_raw_weights_are_not_the_averaged_ones(trained, tmp_path):
     assert np.array_equal(arrays(tmp_path / "raw")[0][:2], expected)
 
 
+@pytest.mark.parametrize(
+    "given, told", [("graphs", "CUDA graphs need a CUDA device, got cpu"), ("maybe", "got maybe")]
+)
+def test_a_way_to_compile_that_there_is_not_is_refused_before_anything_is_written(
+    trained, tmp_path, given, told
+):
+    out = tmp_path / "out"
+    done = run("sample", f"ckpt={trained}", f"compile={given}", "device=cpu", f"out_dir={out}")
+    assert done.code == 1 and told in done.err and not out.exists()
+
+
 # -- other forms of networks, in and out --------------------------------------------------
 
 

@@ -4,16 +4,20 @@ Every scale has a number of tokens of its own, which never changes, so each gets
 all blocks together. On a CPU it has not been quicker, see docs/speed.md.
 """
 
+import itertools
 from types import FunctionType
+from typing import Any
 
 import torch
 
 from var_exp.tokenizer import VQVAE
-from var_exp.transformer import VAR
+from var_exp.transformer import VAR, KVCache
 from var_exp.transformer.var import call_block
 
 
-def compile_for_sampling(transformer: VAR, tokenizer: VQVAE, backend: str = "inductor") -> None:
+def compile_for_sampling(
+    transformer: VAR, tokenizer: VQVAE, backend: str = "inductor", graphs: bool = False
+) -> None:
     """Let a pair of networks sample by compiled code, made at the first batch of each size.
 
     In place; no key of a state dict changes, nor anything that is computed but by rounding. Each
@@ -21,11 +25,26 @@ def compile_for_sampling(transformer: VAR, tokenizer: VQVAE, backend: str = "ind
 
     Args:
         backend: of `torch.compile`.
+        graphs: record the blocks as CUDA graphs, too, with which a GPU does not wait for Python at
+            every kernel. Keys and values then stay where they are for the next batch of the size,
+            so that one batch must be drawn after the other. It was never run: no GPU was at hand.
     """
     names = [f"block_of_scale_{name}" for name in transformer.schedule.names]
-    calls = tuple(torch.compile(renamed(name), backend=backend, dynamic=False) for name in names)
-    transformer.computing = transformer.computing._replace(scale_calls=calls)
-    tokenizer.decoder.compile(backend=backend, dynamic=False)
+    options = {"backend": backend, "dynamic": False}
+    graphed = options | ({"mode": "reduce-overhead"} if graphs else {})
+    calls = tuple(torch.compile(renamed(name), **graphed) for name in names)
+    caches = StaticCaches() if graphs else None
+    transformer.computing = transformer.computing._replace(scale_calls=calls, caches=caches)
+    tokenizer.decoder.compile(**options)
+
+
+class StaticCaches(dict):
+    """Caches whose memory is told to the compiler as one that stays: a graph may write into it."""
+
+    def __setitem__(self, key: tuple[Any, ...], cache: KVCache) -> None:
+        for tensor in itertools.chain.from_iterable(cache.layers):
+            torch._dynamo.mark_static_address(tensor, guard=False)
+        super().__setitem__(key, cache)
 
 
 def check_compiler(device: torch.device) -> None:

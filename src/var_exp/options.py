@@ -38,7 +38,8 @@ Stage = {
 OWN: dict[str, Any] = {
     **dict.fromkeys(("seed", "batch_size", "devices", "num_nodes"), int),
     **dict.fromkeys(("num_threads", "num_samples"), int | None),
-    **dict.fromkeys(("png", "npz", "evaluate", "compile"), bool),
+    **dict.fromkeys(("png", "npz", "evaluate"), bool),
+    "compile": bool | str,
     **dict.fromkeys(("name", "runs_dir", "out_dir", "run_dir", "official_dir"), Word),
     **dict.fromkeys(("tokenizer_ckpt", "init_from", "ckpt"), Word | None),
     **dict.fromkeys(("objective", "weights", "official", "export", "export_official"), str | None),

@@ -117,12 +117,15 @@ class VARPipeline:
         self.tokenizer.to(device)
         return self
 
-    def compile(self) -> None:
+    def compile(self, graphs: bool = False) -> None:
         """Draw by compiled code from now on, which is made while the first images are drawn.
 
         It needs a C++ compiler, or on a GPU Triton. On a CPU it has not been quicker.
+
+        Args:
+            graphs: record CUDA graphs, too, on a GPU: see `compile_for_sampling`.
         """
-        compile_for_sampling(self.transformer, self.tokenizer)
+        compile_for_sampling(self.transformer, self.tokenizer, graphs=graphs)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the folder, over an older one of the same name."""

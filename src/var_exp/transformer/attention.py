@@ -40,10 +40,11 @@ class KVCache:
         shape = (depth, batch_size, num_heads, seq_len, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.layers = list(zip(self.keys, self.values, strict=True))
 
     def attend(self, index: int, where: slice) -> Attend:
         """What the tokens at `where` see in a layer: themselves and all that it holds before."""
-        return CachedAttention(self.keys[index], self.values[index], where)
+        return CachedAttention(*self.layers[index], where)
 
 
 class CachedAttention(NamedTuple):

@@ -60,12 +60,14 @@ class Computing(NamedTuple):
     call: calls a block; `torch.compile` of it compiles all of them at once, and no key of a
         checkpoint changes.
     scale_calls: the same in sampling, for each scale; none: `call_block`. See `compiling.py`.
+    caches: the caches of sampling by their size, where they stay for the next batch; else None.
     """
 
     attention: str = AUTO
     recompute: float = 0.0
     call: Callable[..., Tensor] = call_block
     scale_calls: tuple[Callable[..., Tensor], ...] = ()
+    caches: dict[tuple[Any, ...], KVCache] | None = None
 
     def recomputes(self, block: int) -> bool:
         """Whether the block of that number, from 0, is computed anew."""
@@ -259,7 +261,7 @@ class VAR(nn.Module):
         return None if self.rotation is None else self.rotation[:, where]
 
     def make_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache for one batch of whole sequences.
+        """A cache for one batch of whole sequences: a new one, unless `computing` keeps them.
 
         Args:
             dtype: that of keys and values, which under autocast is not that of the weights; None
@@ -270,15 +272,16 @@ class VAR(nn.Module):
         available = torch.amp.is_autocast_available(device)  # not for tensors without content
         if dtype is None and available and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        return KVCache(
-            len(self.blocks),
-            batch_size,
-            self.num_heads,
-            self.schedule.seq_len,
-            self.width // self.num_heads,
-            dtype or weight.dtype,
-            weight.device,
-        )
+        dtype, caches = dtype or weight.dtype, self.computing.caches
+        key = (batch_size, dtype, weight.device)
+        if caches is not None and key in caches:
+            return caches[key]
+        head_dim = self.width // self.num_heads
+        sizes = (len(self.blocks), batch_size, self.num_heads, self.schedule.seq_len, head_dim)
+        cache = KVCache(*sizes, dtype, weight.device)
+        if caches is not None:
+            caches[key] = cache
+        return cache
 
     @torch.no_grad()
     def init_weights(self, gate_init: float) -> None:
