@@ -3,8 +3,8 @@
 What else a machine does changes from minute to minute, and meets whoever runs at the time. So all
 candidates of a benchmark run in one process, once in each round, the round's first one changing
 from round to round, and a ratio is taken within a round; the medians over the rounds count, between
-their quartiles. Memory is held as the candidate says, by `var_exp.allocation` or by the C library
-alone. The machine's limits (`limits.py`) are measured in every round like a candidate.
+their quartiles. What keeps its memory, as our programs do, is measured after all that does not. The
+machine's limits (`limits.py`) are measured in every round like a candidate.
 """
 
 import argparse
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.limits import CLOCKS, PRECISIONS, Limits, Stopwatch, Work, least
-from var_exp.allocation import give_memory_back, keep_memory
+from var_exp.allocation import keep_memory
 from var_exp.environment import machine
 
-FIRST_RUNS = 2  # a training step has all the memory that it keeps after the second
+FIRST_ROUNDS = 2  # a training step has all the memory that it keeps after the second
 # Variables of the environment, by their beginnings.
 THAT_MATTER = ("ONEDNN_", "ATEN_CPU", "OMP_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -66,36 +66,26 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def interleave(
-    candidates: Sequence[Candidate], limits: Limits, repeats: int, stopwatch: Stopwatch
+    candidates: Sequence[Candidate],
+    limits: Limits,
+    repeats: int,
+    stopwatch: Stopwatch,
+    first_rounds: int = 1,
 ) -> list[dict[str, float]]:
-    """Seconds of each candidate by name, round by round, after one round that does not count.
+    """Seconds of each candidate by name, round by round, after first rounds that do not count.
 
-    What `limits` measures comes with each round under the names that it gives. Those that keep
-    their memory come after the others, and each runs FIRST_RUNS times before it is timed: what a
-    process asks the system for in these alone does not count.
+    What `limits` measures comes with each round under the names that it gives.
     """
-    for candidate in candidates:
+    for candidate in [*candidates] * first_rounds:
         candidate.run()
-    usual, keeping = ([c for c in candidates if c.keeps_memory == keeps] for keeps in (False, True))
     rounds = []
     for number in range(repeats):
-        times = {c.name: stopwatch(c.run) for c in rotated(usual, number)}
-        if keeping:
-            keep_memory()
-            for candidate in keeping * FIRST_RUNS:
-                candidate.run()
-        times |= limits.measure()
-        times |= {c.name: stopwatch(c.run) for c in rotated(keeping, number)}
-        if keeping:
-            give_memory_back()
+        first = number % len(candidates)
+        times = limits.measure()
+        for candidate in [*candidates[first:], *candidates[:first]]:
+            times[candidate.name] = stopwatch(candidate.run)
         rounds.append(times)
     return rounds
-
-
-def rotated(candidates: Sequence[Candidate], number: int) -> list[Candidate]:
-    """The same, beginning with the one of that number, counted round and round."""
-    first = number % len(candidates) if candidates else 0
-    return [*candidates[first:], *candidates[:first]]
 
 
 def summary(
@@ -151,21 +141,38 @@ def parse(
     return args
 
 
-def compare(candidates: Sequence[Candidate], args: argparse.Namespace) -> dict[str, Any]:
-    """Measure candidates that do the same work, which needs no more than the least of them.
+def compare(
+    works: dict[str, Sequence[Candidate]], args: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Measure candidates by the name of the work that they do, which needs no more than the least.
 
-    Those that keep their memory are left out where that cannot be.
+    Those that keep their memory come last, since a process cannot go back; what they ask the system
+    for in their first rounds does not count. They are left out where memory cannot be kept.
     """
-    if keep_memory():
-        give_memory_back()
-    else:
-        candidates = [candidate for candidate in candidates if not candidate.keeps_memory]
+    stopwatch = Stopwatch(torch.device(args.device), CLOCKS[args.clock])
+    rounds: dict[str, list[dict[str, float]]] = {}
+    for keeps in (False, True):
+        if keeps and not keep_memory():
+            works = {work: [c for c in cs if not c.keeps_memory] for work, cs in works.items()}
+            break
+        for work, candidates in works.items():
+            group = [c for c in candidates if c.keeps_memory == keeps]
+            if not group:
+                continue
+            limits = Limits(stopwatch, sorted({c.precision for c in candidates}), args.limit_size)
+            first_rounds = FIRST_ROUNDS if keeps else 1
+            found = interleave(group, limits, args.repeats, stopwatch, first_rounds)
+            before = rounds.get(work, [{}] * args.repeats)
+            rounds[work] = [a | b for a, b in zip(before, found, strict=True)]
+    return {work: found_of(candidates, rounds[work]) for work, candidates in works.items()}
+
+
+def found_of(candidates: Sequence[Candidate], rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Limits and candidates of one work, as plain data, with the rounds they are from."""
     common = least([c.work for c in candidates if c.work is not None])
     candidates = [c._replace(work=common if c.work is not None else None) for c in candidates]
-    stopwatch = Stopwatch(torch.device(args.device), CLOCKS[args.clock])
-    limits = Limits(stopwatch, sorted({c.precision for c in candidates}), args.limit_size)
-    rounds = interleave(candidates, limits, args.repeats, stopwatch)
-    measured = {name: spread([times[name] for times in rounds]) for name in limits.names}
+    names = rounds[0].keys() - {c.name for c in candidates}
+    measured = {name: spread([times[name] for times in rounds]) for name in sorted(names)}
     return {
         "limits": {name: value._asdict() for name, value in measured.items()},
         "candidates": summary(candidates, rounds),

@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
         checks |= {f"{name}, compiled": value for name, value in of_compiled.items()}
         run = functools.partial(sampler.run_ours, compiled, precision)
         candidates.append(kept(Candidate(f"ours, {precision}, compiled", run, precision, work)))
-    found = {"sampling": harness.compare(candidates, args)}
+    found = harness.compare({"sampling": candidates}, args)
     suffix = "_compiled" if args.compile else ""
     harness.conclude(f"sampling_{precision}{suffix}", args, found, checks)
 

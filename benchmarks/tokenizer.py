@@ -78,13 +78,14 @@ def decode(tokenizer: VQVAE, codes: list[Tensor], precision: str) -> Tensor:
         return tokenizer.decode(codes)
 
 
-def measure(
+def candidates_of(
     plain: PlainTokenizer,
     tokenizer: VQVAE,
     images: Tensor,
     codes: list[Tensor],
     args: argparse.Namespace,
-) -> dict[str, Any]:
+) -> dict[str, list[Candidate]]:
+    """Ways to encode and to decode."""
     runs = {
         "encode": (lambda: plain.encode_plain(images), lambda: tokenizer.encode(images), "fp32"),
         "decode": (
@@ -103,7 +104,7 @@ def measure(
             Candidate(f"ours, {precision}", ours, precision, work),
         ]
         candidates += [kept(candidate) for candidate in candidates]
-        found[name] = harness.compare(candidates, args)
+        found[name] = candidates
     return found
 
 
@@ -113,9 +114,10 @@ def main(arguments: list[str] | None = None) -> None:
     plain = PlainTokenizer(tokenizer).eval().to(args.device)
     images = draw_images(args)
     checks, codes = check(plain, tokenizer, images, args.precision)
-    found = measure(plain, tokenizer, images, codes, args)
-    steps, checks_of_steps = tokenizer_training.measure(tokenizer, images, args)
-    harness.conclude(f"tokenizer_{args.precision}", args, found | steps, checks | checks_of_steps)
+    works = candidates_of(plain, tokenizer, images, codes, args)
+    steps, checks_of_steps = tokenizer_training.candidates_of(tokenizer, images, args)
+    found = harness.compare(works | steps, args)
+    harness.conclude(f"tokenizer_{args.precision}", args, found, checks | checks_of_steps)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,10 @@ compared in float32: in bf16 features choose other codes, and of ours the loss a
 
 import argparse
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import harness
 from benchmarks.baseline import PlainPatchGAN, PlainTokenizer, PlainTokenizerTraining
 from benchmarks.harness import Candidate, Unequal, check_close, in_precision, kept
 from benchmarks.limits import Work, counted, fewest_bytes
@@ -157,10 +155,10 @@ def check(
     return found | {f"images in training, {names[0]}": len(images)}
 
 
-def measure(
+def candidates_of(
     tokenizer: VQVAE, images: Tensor, args: argparse.Namespace
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """What `harness.compare` finds of each step in `STEPS`, and the checks passed before."""
+) -> tuple[dict[str, list[Candidate]], dict[str, float]]:
+    """Ways to do each step in `STEPS`, and the checks passed before."""
     found, checks = {}, {}
     for name, adversarial in STEPS.items():
         plain, ours = pair(tokenizer, args, adversarial)
@@ -181,5 +179,5 @@ def measure(
             Candidate(f"ours, {args.precision}", runs[1], args.precision, work),
         ]
         candidates += [kept(candidate) for candidate in candidates]
-        found[name] = harness.compare(candidates, args)
+        found[name] = candidates
     return found, checks

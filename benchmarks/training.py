@@ -179,11 +179,12 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         Candidate(f"{name}, a step", from_codes[1], precision),
         Candidate("reading its codes", lambda: next(read), precision),
     ]
-    found = {
-        "training step": harness.compare(step, args),
-        "training step with its codes": harness.compare(with_codes, args),
-        "codes of a training step": harness.compare(reading, args),
+    works = {
+        "training step": step,
+        "training step with its codes": with_codes,
+        "codes of a training step": reading,
     }
+    found = harness.compare(works, args)
     suffix = "_compiled" if args.compile else ""
     harness.conclude(f"training_{precision}{suffix}", args, found, checks)
 

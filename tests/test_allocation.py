@@ -43,11 +43,6 @@ def test_memory_that_was_kept_is_used_again():
     assert kept < usual / 100
 
 
-def test_memory_is_given_back_again():
-    usual = faults_with()
-    assert faults_with("keep_memory", "give_memory_back") > usual / 2
-
-
 @pytest.mark.parametrize(
     "given",
     [

@@ -269,12 +269,15 @@ def test_a_benchmark_checks_measures_and_keeps_what_it_found(benchmark, tmp_path
 def test_the_tokenizers_benchmark_has_steps_alone_and_against_a_discriminator(monkeypatch):
     monkeypatch.setitem(tokenizer_training.PATCHGAN, "width", 8)
     args = arguments("--precision", "bf16")
-    found, checks = tokenizer_training.measure(make_networks(args)[1], draw_images(args), args)
-    assert list(found) == list(tokenizer_training.STEPS)
-    for result in found.values():
-        precisions = [c["precision"] for c in result["candidates"]]
-        assert precisions in (["fp32", "bf16"], ["fp32", "bf16"] * 2)  # with memory kept, too
-        assert all(c["work"] == result["candidates"][0]["work"] for c in result["candidates"])
+    made = tokenizer_training.candidates_of(make_networks(args)[1], draw_images(args), args)
+    works, checks = made
+    assert list(works) == list(tokenizer_training.STEPS)
+    for candidates in works.values():
+        assert [c.precision for c in candidates] == ["fp32", "bf16"] * 2
+        assert [c.keeps_memory for c in candidates] == [False, False, True, True]
+        assert all(c.work == candidates[0].work for c in candidates)
+        for candidate in candidates:
+            candidate.run()
     assert sum(name.endswith("bf16") for name in checks) == 2
 
 

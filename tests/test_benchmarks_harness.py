@@ -41,21 +41,27 @@ def test_candidates_take_turns_and_each_round_begins_with_another():
     assert set(rounds[0]) == {"a", "b", "fp32", "copy"}
 
 
-def test_those_that_keep_their_memory_are_timed_when_they_have_it(monkeypatch):
+def test_those_that_keep_their_memory_come_last_and_are_timed_when_they_have_it(monkeypatch):
     seen: list[str] = []
-    monkeypatch.setattr(harness, "keep_memory", lambda: seen.append("("))
-    monkeypatch.setattr(harness, "give_memory_back", lambda: seen.append(")"))
-    made = [Candidate(n, lambda n=n: seen.append(n), "fp32", keeps_memory=n > "Z") for n in "ABab"]
-    rounds = harness.interleave(made, FixedLimits(), 2, Stopwatch(torch.device("cpu")))
-    assert "".join(seen) == "ABab" + "AB(ababab)" + "BA(ababba)"
-    assert set(rounds[1]) == {*"ABab", "fp32", "copy"}
+    monkeypatch.setattr(harness, "keep_memory", lambda: seen.append("|") or True)
+    made = {
+        n: Candidate(n, lambda n=n: seen.append(n), "fp32", keeps_memory=n > "Z") for n in "AaBb"
+    }
+    args = harness.parse("", ["--limit-size", "32", "--repeats", "2"])
+    works = {"one": [made["A"], made["a"]], "two": [made["B"], made["b"]]}
+    found = harness.compare(works, args)
+    assert "".join(seen) == "A" + "AA" + "B" + "BB" + "|" + "aa" + "aa" + "bb" + "bb"
+    assert [row["name"] for row in found["two"]["candidates"]] == ["B", "b"]
+    assert set(found["one"]["rounds"][1]) == {"A", "a", "fp32", "copy"}
+    assert set(found["one"]["limits"]) == {"fp32", "copy"}
 
 
 def test_nothing_is_called_kept_where_memory_cannot_be(monkeypatch):
     monkeypatch.setattr(harness, "keep_memory", lambda: False)
     one = Candidate("one", lambda: None, "fp32")
-    found = harness.compare([one, harness.kept(one)], harness.parse("", ["--limit-size", "32"]))
-    assert [row["name"] for row in found["candidates"]] == ["one"]
+    args = harness.parse("", ["--limit-size", "32"])
+    found = harness.compare({"work": [one, harness.kept(one)]}, args)
+    assert [row["name"] for row in found["work"]["candidates"]] == ["one"]
 
 
 def test_processor_time_is_refused_where_it_is_not_the_time_of_the_work():

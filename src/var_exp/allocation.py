@@ -16,8 +16,6 @@ import torch
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 KEPT = 2**30
 KEEPING = {MMAP_THRESHOLD: KEPT, TRIM_THRESHOLD: 2 * KEPT - 1, TOP_PAD: 2**26}
-# What glibc comes to by itself when large tensors are freed, M_MMAP_THRESHOLD of mallopt(3).
-USUAL = {MMAP_THRESHOLD: 2**25, TRIM_THRESHOLD: 2**26, TOP_PAD: 2**17}
 BY_ENVIRONMENT = ("MMAP_THRESHOLD", "MMAP_MAX", "TRIM_THRESHOLD", "TOP_PAD")
 
 
@@ -33,17 +31,6 @@ def keep_memory() -> bool:
     if chosen or torch.accelerator.is_available():
         return False
     return set_parameters(KEEPING)
-
-
-def give_memory_back() -> bool:
-    """Hold memory as glibc does by itself, and give back what is free; whether it is so.
-
-    To measure what keeping it is worth.
-    """
-    if not set_parameters(USUAL):
-        return False
-    ctypes.CDLL(None).malloc_trim(0)
-    return True
 
 
 def set_parameters(values: dict[int, int]) -> bool:
