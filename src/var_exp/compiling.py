@@ -42,7 +42,7 @@ class StaticCaches(dict):
     """Caches whose memory is told to the compiler as one that stays: a graph may write into it."""
 
     def __setitem__(self, key: tuple[Any, ...], cache: KVCache) -> None:
-        for tensor in itertools.chain.from_iterable(cache.layers):
+        for tensor in itertools.chain.from_iterable(cache.hold_layers()):
             torch._dynamo.mark_static_address(tensor, guard=False)
         super().__setitem__(key, cache)
 

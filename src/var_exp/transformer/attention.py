@@ -40,11 +40,18 @@ class KVCache:
         shape = (depth, batch_size, num_heads, seq_len, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.layers = list(zip(self.keys, self.values, strict=True))
+        self.layers: list[tuple[Tensor, Tensor]] = []  # of `hold_layers`
 
     def attend(self, index: int, where: slice) -> Attend:
         """What the tokens at `where` see in a layer: themselves and all that it holds before."""
-        return CachedAttention(*self.layers[index], where)
+        if self.layers:
+            return CachedAttention(*self.layers[index], where)
+        return CachedAttention(self.keys[index], self.values[index], where)
+
+    def hold_layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (B, H, L, E) of each layer, as the same tensors from now on."""
+        self.layers = [(self.keys[i], self.values[i]) for i in range(len(self.keys))]
+        return self.layers
 
 
 class CachedAttention(NamedTuple):
