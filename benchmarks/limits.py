@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from var_exp.training.machine import wait_for
+from var_exp.training.machine import linear_layer, wait_for
 from var_exp.transformer.linear import ONEDNN_LINEAR, linear
 
 aten = torch.ops.aten
@@ -153,14 +153,10 @@ def attention_backward(_, query: Tensor, key: Tensor, value: Tensor, *__, attn_m
     return round(2 * pairs * (3 * query.shape[-1] + 2 * value.shape[-1]))
 
 
-def linear_layer(x: Tensor, weight: Tensor, *_, **__) -> int:
-    return 2 * x.numel() * len(weight)
-
-
 # FlopCounterMode does not know attention and linear layers as CPUs compute them. It gives a formula
 # the tensors themselves, not shapes, where `_get_raw` says so, as `register_flop_formula(...,
 # get_raw=True)` does.
-attention._get_raw = attention_backward._get_raw = linear_layer._get_raw = True
+attention._get_raw = attention_backward._get_raw = True
 ON_CPU = {
     aten._scaled_dot_product_flash_attention_for_cpu: attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,

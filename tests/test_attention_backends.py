@@ -108,11 +108,8 @@ def test_weights_in_bfloat16_have_exponents_of_float32(autocast):
     attend, length = make("segments", SCHEDULES["256 pixels"])
     q, k, v = drawn(length, torch.bfloat16)
     weights = torch.randn(2, HEADS, length, HEAD_DIM)
-    sharp = [
-        20 * q.detach(),
-        k.detach(),
-        v.detach(),
-    ]  # exponents of hundreds, where 8 bits say little
+    # Exponents of hundreds, of which 8 bits say little.
+    sharp = [20 * q.detach(), k.detach(), v.detach()]
     precise = [x.float().requires_grad_() for x in sharp]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found = with_gradients(attend, [x.requires_grad_() for x in sharp], weights)

@@ -2,7 +2,7 @@
 
 glibc gives a tensor above 32 MB back to the system when it is freed, and asks for another one for
 the next. The system fills each page with zeros at its first touch, which in the decoding of large
-maps takes about as long as the convolutions. What is kept is used again.
+maps takes a good part of the time (docs/speed.md). What is kept is used again.
 """
 
 import ctypes
@@ -22,9 +22,9 @@ BY_ENVIRONMENT = ("MMAP_THRESHOLD", "MMAP_MAX", "TRIM_THRESHOLD", "TOP_PAD")
 def keep_memory() -> bool:
     """Let this process keep what tensors of its main thread have freed; whether it does.
 
-    It does not where there is an accelerator, where the C library is not glibc or refuses (before
-    about 2.35), nor where the environment says how memory is held (`MALLOC_TRIM_THRESHOLD_` and its
-    kin, `GLIBC_TUNABLES`). Free memory goes back to the system above 2 GB at the heap's end.
+    It does not where there is an accelerator, where the C library is not glibc or refuses, nor
+    where the environment says how memory is held (`MALLOC_TRIM_THRESHOLD_` and its kin,
+    `GLIBC_TUNABLES`). Free memory goes back to the system above 2 GB at the heap's end.
     """
     chosen = any(f"MALLOC_{name}_" in os.environ for name in BY_ENVIRONMENT)
     chosen = chosen or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")

@@ -99,8 +99,8 @@ class Flash:
 class Products:
     """By a product, a softmax and a product; keeps the weights (B, H, n, m).
 
-    For bfloat16, in which those kernels take as long as in float32, and their backward pass four
-    times as long as this one. The exponents are in float32, as they are there.
+    For bfloat16, by which those kernels gain nothing. The exponents are in float32, as they are
+    there.
     """
 
     @staticmethod
