@@ -1,5 +1,6 @@
 """Progress off a terminal is plain lines, on it a bar; both tell the loss of the batch."""
 
+import gc
 import re
 import sys
 
@@ -27,6 +28,7 @@ def test_on_a_terminal_the_bar_tells_the_loss_and_goes_on_where_the_run_does(
     run(stage, digits, tmp_path, Interrupt(5))
     capsys.readouterr()
     _, losses = run(stage, digits, tmp_path)
+    gc.collect()  # the bar of the interrupted run, which must say nothing more
     # Where a validation's bar stands below, the cursor is moved before the line.
     shown = re.split(r"[\r\n]+", re.sub(r"\x1b\[\w", "", capsys.readouterr().out))
     (*_, last) = [line for line in shown if line.startswith(f"{stage}:")]

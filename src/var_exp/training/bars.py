@@ -38,6 +38,12 @@ class TerminalBar(TQDMProgressBar):
         self.train_progress_bar.initial = trainer.datamodule.start_batch
         self.train_progress_bar.set_description(self.stage)
 
+    def on_exception(self, trainer: L.Trainer, *_) -> None:
+        """Leave bars where they stand: an open one would be drawn again when it is freed."""
+        for bar in (self._val_progress_bar, self._train_progress_bar):
+            if bar is not None:
+                bar.close()
+
     def get_metrics(self, trainer: L.Trainer, module: StageModule) -> dict[str, float]:
         loss = module.figures.get("train/loss")
         return {} if loss is None else {"loss": loss.item()}
