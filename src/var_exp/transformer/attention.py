@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from var_exp.transformer.backends import Attend
 from var_exp.transformer.linear import Linear, linear
 from var_exp.transformer.rope import rotate
+from var_exp.transformer.segments import attend_scale
 
 
 class KVCache:
@@ -66,9 +67,7 @@ class CachedAttention(NamedTuple):
         end = self.where.stop
         self.keys[:, :, self.where] = k
         self.values[:, :, self.where] = v
-        return F.scaled_dot_product_attention(
-            q, self.keys[:, :, :end], self.values[:, :, :end], dropout_p=dropout, scale=scale
-        )
+        return attend_scale(q, self.keys[:, :, :end], self.values[:, :, :end], scale, dropout)
 
 
 class SelfAttention(nn.Module):

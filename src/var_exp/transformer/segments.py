@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 # Tokens up to which `Products` may keep its weights, which grow with their square.
 MOST_TOKENS = 1024
+MOST_WEIGHTS = 2**20  # that are computed at once where they are not kept: what a cache holds
 
 
 def attend_segments(
@@ -34,6 +35,18 @@ def attend_segments(
     return torch.cat(parts, dim=2)
 
 
+def attend_scale(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
+    """The last scale alone, in sampling: q (B, H, n, E) sees all of k, v (B, H, m, E)."""
+    plain = q.device.type == "cpu" and dropout == 0 and not torch.is_grad_enabled()
+    if not plain or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    heads = [tensor.flatten(0, 1) for tensor in (q, k, v)]  # (BH, n, E), (BH, m, E) each
+    at_once = max(1, MOST_WEIGHTS // (q.shape[2] * k.shape[2]))
+    parts = zip(*(tensor.split(at_once) for tensor in heads), strict=True)
+    out = torch.cat([Products.forward(*part, scale)[0] for part in parts])  # (BH, n, E)
+    return out.view(q.shape)
+
+
 def spans(ends: Sequence[int]) -> Iterator[tuple[slice, slice]]:
     """The queries of each scale and the keys that they see."""
     for first, end in zip((0, *ends), ends, strict=False):
@@ -49,6 +62,7 @@ class SegmentsOnCPU(torch.autograd.Function):
     ) -> Tensor:
         kernel = Products if q.dtype == torch.bfloat16 and q.shape[2] <= MOST_TOKENS else Flash
         out, kept = torch.empty_like(q), []
+        q, k, v = kernel.arranged(q, k, v)
         for queries, keys in spans(ends):
             part, keeps = kernel.forward(q[:, :, queries], k[:, :, keys], v[:, :, keys], scale)
             out[:, :, queries] = part
@@ -61,6 +75,7 @@ class SegmentsOnCPU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *kept = ctx.saved_tensors
+        (grad,) = ctx.kernel.arranged(grad)
         grad_q = torch.empty_like(q)
         # Many small sums: in float32, whatever their terms are in.
         grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
@@ -84,6 +99,10 @@ class Flash:
     """By the kernels that `scaled_dot_product_attention` takes; keeps logarithms (B, n, H)."""
 
     @staticmethod
+    def arranged(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors
+
+    @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
 
@@ -97,15 +116,22 @@ class Flash:
 
 
 class Products:
-    """By a product, a softmax and a product; keeps the weights (B, H, n, m).
+    """By a product, a softmax and a product; keeps the weights (..., n, m).
 
     For bfloat16, by which those kernels gain nothing. The exponents are in float32, as they are
     there.
     """
 
     @staticmethod
+    def arranged(*tensors: Tensor) -> tuple[Tensor, ...]:
+        """Heads one after the other, or every product of a few of their tokens would copy them."""
+        return tuple(tensor.contiguous() for tensor in tensors)
+
+    @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        exponents = products(q, k).mul_(scale)
+        exponents = products(q, k)
+        if scale != 1:
+            exponents.mul_(scale)
         weights = exponents.softmax(dim=-1).to(v.dtype)
         return weights @ v, weights
 
@@ -120,7 +146,7 @@ class Products:
 
 @torch.library.custom_op("var_exp::products", mutates_args=())
 def products(q: Tensor, k: Tensor) -> Tensor:
-    """q (B, H, n, E) and k (B, H, m, E) in bfloat16 -> their products (B, H, n, m) in float32.
+    """q (..., n, E) and k (..., m, E) in bfloat16 -> their products (..., n, m) in float32.
 
     oneDNN may round the factors to bfloat16, which they are already, so that nothing is lost. An
     operator of its own, since `torch.compile` cannot look into such a setting.
