@@ -4,12 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiny import tiny_transformer
+from tiny import tiny_tokenizer, tiny_transformer
 from var_exp.compiling import check_compiler
+from var_exp.sampling import generate
 from var_exp.training.machine import FlopCounter
 from var_exp.transformer import linear as module
-from var_exp.transformer.linear import OneDNNLinear, linear
+from var_exp.transformer.linear import CASTS, OneDNNLinear, cast_once, linear, linear_gelu
 
+needs_bfloat16 = pytest.mark.skipif(not module.HAS_BFLOAT16, reason="oneDNN without bfloat16")
 needs_both = pytest.mark.skipif(module.ONEDNN_LINEAR is None, reason="torch without MKL and oneDNN")
 # As few numbers as a step has at its smallest, and as many as one product is cut into parts for.
 SHAPES = [((3,), 5, 7), ((2, 9), 64, 192), ((4, 340), 512, 96)]
@@ -23,7 +25,7 @@ def drawn(rows, inputs, outputs, bias=True):
 
 def with_gradients(compute, tensors):
     out = compute(*tensors)
-    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    weights = (torch.arange(out.numel()) % 8 - 3).to(out.dtype).view_as(out) / 4  # exact in all
     return out, *torch.autograd.grad((out * weights).sum(), tensors)
 
 
@@ -38,6 +40,71 @@ def test_values_and_gradients_are_those_of_torch(shape, bias):
     for a, b in zip(ours, expected, strict=True):
         assert a.is_contiguous() and a.dtype == torch.float32
         torch.testing.assert_close(a, b.float(), atol=1e-4, rtol=1e-5)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_in_bfloat16_values_and_gradients_are_as_near_as_those_of_torch(shape, bias, autocast):
+    precise = [tensor.bfloat16().double() for tensor in drawn(*shape, bias=bias)]
+    expected = with_gradients(F.linear, [tensor.requires_grad_() for tensor in precise])
+    dtype = torch.float32 if autocast else torch.bfloat16
+    tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in precise]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, torchs = with_gradients(linear, tensors), with_gradients(F.linear, tensors)
+    assert ours[0].dtype == torch.bfloat16 and "OneDNN" in type(ours[0].grad_fn).__name__
+    for a, b, exact in zip(ours, torchs, expected, strict=True):
+        assert a.dtype == b.dtype
+        error, allowed = (a - exact).norm(), 1.2 * (b - exact).norm() + 1e-6
+        assert error <= allowed and error <= 0.01 * exact.norm()
+
+
+@needs_both
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
+def test_gelu_is_the_same_after_the_product_within_it_and_in_compiled_code(
+    dtype, share, monkeypatch
+):
+    tensors = drawn((2, 9), 64, 96)
+    exact = F.gelu(F.linear(*(tensor.double() for tensor in tensors)), approximate="tanh")
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        found = [linear_gelu(*tensors)]
+        with torch.no_grad():
+            found.append(linear_gelu(*tensors))
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        found.append(linear_gelu(*tensors))
+    for out in found:
+        assert out.dtype == dtype and (out - exact).norm() <= share * exact.norm()
+    slopes = [torch.autograd.grad(found[i].float().square().sum(), tensors) for i in (0, 2)]
+    for a, b in zip(*slopes, strict=True):
+        assert (a - b).norm() <= share * a.norm()
+
+
+@needs_bfloat16
+def test_weights_are_cast_once_for_all_scales_and_nothing_is_kept(monkeypatch):
+    transformer, tokenizer, weights = tiny_transformer(depth=2), tiny_tokenizer(), []
+    compute = module.ONEDNN_LINEAR
+
+    def spy(x, weight, *others):
+        weights.append(weight)
+        return compute(x, weight, *others)
+
+    monkeypatch.setattr(module, "ONEDNN_LINEAR", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        drawn = generate(transformer, tokenizer, [0, 1], return_indices=True)
+        layers = [m for m in transformer.modules() if isinstance(m, module.Linear)]
+        assert {weight.dtype for weight in weights} == {torch.bfloat16}
+        assert len({weight.data_ptr() for weight in weights}) == len(layers) < len(weights)
+        assert CASTS.get() is None
+        monkeypatch.setattr(module, "already_cast", lambda tensor: tensor)
+        again = generate(transformer, tokenizer, [0, 1], return_indices=True)
+        assert all(map(torch.equal, drawn.indices, again.indices))
+        with pytest.raises(KeyboardInterrupt), cast_once(transformer):
+            assert len(CASTS.get()) > 0
+            raise KeyboardInterrupt
+        assert CASTS.get() is None
+    with cast_once(transformer):  # without autocast there is nothing to cast
+        assert CASTS.get() is None
 
 
 @needs_both
@@ -93,9 +160,11 @@ def test_what_onednn_is_not_asked_for_is_left_to_torch(monkeypatch):
     if module.ONEDNN_LINEAR is not None:
         with pytest.raises(AssertionError):
             linear(x, weight, bias)
+    with torch.autocast("cpu", torch.float16):
+        assert linear(x, weight, bias).dtype == torch.float16
     with torch.autocast("cpu", torch.bfloat16):
-        assert linear(x, weight, bias).dtype == torch.bfloat16
-    assert linear(*(tensor.bfloat16() for tensor in (x, weight, bias))).dtype == torch.bfloat16
+        assert linear(*(tensor.double() for tensor in (x, weight, bias))).dtype == torch.float64
+    assert linear(*(tensor.half() for tensor in (x, weight, bias))).dtype == torch.float16
     assert linear(x[:0], weight, bias).shape == (0, 3, 8)
     assert linear(*(tensor.to("meta") for tensor in (x, weight, bias))).shape == (2, 3, 8)
     torch.testing.assert_close(linear(x[0, 0], weight, bias), F.linear(x[0, 0], weight, bias))

@@ -1,11 +1,16 @@
-"""Linear layers in float32 by oneDNN.
+"""Linear layers by oneDNN.
 
 On x86 processors torch computes convolutions and bfloat16 products by oneDNN, but float32 products
 by MKL, which takes twice as long on an AMD processor with AVX-512 (docs/speed.md; not measured on
 Intel's). Here they go to oneDNN, too, forward and backward. It is the same arithmetic, summed in
-another order.
+another order. In bfloat16 oneDNN adds the bias within the product; torch writes it into the result
+beforehand, which is one more pass over it.
 """
 
+import contextlib
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +21,12 @@ from torch import Tensor, nn
 # Mac, say, it has Apple's own products.
 BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if BOTH else None
+HAS_BFLOAT16 = ONEDNN_LINEAR is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+GELU = 2 * math.sqrt(2 / math.pi)  # of `linear_gelu`
+
+# Weights and biases by their id, in the dtype of autocast: of `cast_once`.
+CASTS: ContextVar[dict[int, Tensor] | None] = ContextVar("casts", default=None)
 
 
 class Linear(nn.Linear):
@@ -25,24 +36,84 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+@contextlib.contextmanager
+def cast_once(network: nn.Module) -> Iterator[None]:
+    """Within it the weights of linear layers are not cast anew at each call.
+
+    Autocast keeps what it has cast for the parameters that are trained, and none in inference mode;
+    sampling calls every layer once for each scale. The weights must not change meanwhile. Code
+    that was compiled casts them as before.
+    """
+    device = next(network.parameters()).device.type
+    available = torch.amp.is_autocast_available(device)  # not for tensors without content
+    if not available or not torch.is_autocast_enabled(device):
+        yield
+        return
+    dtype = torch.get_autocast_dtype(device)
+    layers = [module for module in network.modules() if isinstance(module, Linear)]
+    tensors = [t for layer in layers for t in (layer.weight, layer.bias) if t is not None]
+    before = CASTS.set({id(tensor): tensor.detach().to(dtype) for tensor in tensors})
+    try:
+        yield
+    finally:
+        CASTS.reset(before)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (..., I), weight (O, I), bias (O,) -> (..., O)."""
-    if not by_onednn(x, weight, bias):
+    weight, bias = already_cast(weight), already_cast(bias)
+    dtype = onednn_dtype(x, weight, bias)
+    if dtype is None:
         return F.linear(x, weight, bias)
-    return OneDNNLinear.apply(x, weight, bias)
+    return OneDNNLinear.apply(
+        x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    )
 
 
-def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether torch would give the product to MKL though oneDNN is there.
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`linear`, then GELU by its tanh approximation (Hendrycks and Gimpel, arXiv 1606.08415).
 
-    What does not fit together is torch's, which says so.
+    With tanh a CPU takes as long as for a third of the product. Where no gradient is asked for it
+    is computed within the product; in compiled code as x sigmoid(2 u), which is the same as
+    x (1 + tanh(u)) / 2 and has a quicker exponential.
     """
-    if ONEDNN_LINEAR is None or torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting():
-        return False
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        y = linear(x, weight, bias)
+        z = y.float()
+        return (z * torch.sigmoid(z * (GELU + GELU * 0.044715 * z * z))).to(y.dtype)
+    weight, bias = already_cast(weight), already_cast(bias)
+    dtype = None if torch.is_grad_enabled() else onednn_dtype(x, weight, bias)
+    if dtype is None:
+        return F.gelu(linear(x, weight, bias), approximate="tanh")
+    return ONEDNN_LINEAR(x.to(dtype), weight.to(dtype), bias.to(dtype), "gelu", [], "tanh")
+
+
+def already_cast(tensor: Tensor | None) -> Tensor | None:
+    """The weight or bias, as `cast_once` keeps it."""
+    if torch.compiler.is_compiling() or (casts := CASTS.get()) is None:
+        return tensor
+    return casts.get(id(tensor), tensor)
+
+
+def onednn_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+    """What oneDNN computes the product in; None for what is torch's.
+
+    That is also what does not fit together: torch says so.
+    """
+    if ONEDNN_LINEAR is None or torch.compiler.is_exporting():
+        return None
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    single = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
     shaped = x.ndim > 1 and weight.ndim == 2 and x.shape[-1] == weight.shape[1] and x.numel() > 0
-    return single and shaped and (bias is None or bias.shape == weight.shape[:1])
+    shaped = shaped and (bias is None or bias.shape == weight.shape[:1])
+    if not shaped or any(tensor.device.type != "cpu" for tensor in tensors):
+        return None
+    dtypes = {tensor.dtype for tensor in tensors}
+    if torch.is_autocast_enabled("cpu"):
+        dtype, fits = torch.get_autocast_dtype("cpu"), dtypes <= {torch.float32, torch.bfloat16}
+    else:
+        dtype, fits = x.dtype, len(dtypes) == 1
+    possible = HAS_BFLOAT16 if dtype == torch.bfloat16 else dtype == torch.float32
+    return dtype if fits and possible else None
 
 
 class OneDNNLinear(torch.autograd.Function):
@@ -62,10 +133,16 @@ class OneDNNLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)  # (N, O)
+        rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)  # (N, O), (N, I)
+        if not of_weight:
+            grad_weight = None
+        elif grad.dtype == torch.bfloat16:  # by oneDNN already, and quicker than as a layer
+            grad_weight = rows.T @ inputs
+        else:
+            grad_weight = OneDNNLinear.apply(rows.T, inputs.T, None)
         return (
             OneDNNLinear.apply(grad, weight.T, None) if of_x else None,
-            OneDNNLinear.apply(rows.T, x.flatten(0, -2).T, None) if of_weight else None,
+            grad_weight,
             rows.sum(dim=0) if of_bias else None,
         )
 
