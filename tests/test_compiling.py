@@ -22,8 +22,18 @@ def test_each_scale_is_compiled_once_for_all_blocks_and_seeds_and_no_key_changes
     for seed in range(3):
         drawn = generate(transformer, tokenizer, [0, 1], seed=seed)
         torch.testing.assert_close(drawn, plain[seed], atol=1e-5, rtol=0)
-        assert counter.frame_count == len(SCALES) + 1  # and the decoder
+        assert counter.frame_count == len(SCALES)
     assert [list(network.state_dict()) for network in (transformer, tokenizer)] == keys
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", []), ("meta", ["inductor"])])
+def test_the_decoder_is_compiled_but_on_a_cpu(device, expected, monkeypatch):
+    networks, asked = (tiny_transformer().to(device), tiny_tokenizer().to(device)), []
+    monkeypatch.setattr(
+        networks[1].decoder, "compile", lambda backend, **_: asked.append(backend), raising=True
+    )
+    compile_for_sampling(*networks)
+    assert asked == expected
 
 
 @pytest.mark.parametrize("block", BLOCKS)

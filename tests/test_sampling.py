@@ -128,9 +128,9 @@ def test_teacher_forcing_inputs_are_those_met_in_sampling_with_forced_indices(va
     forced, met, indices = tokenizer.encode(images), [], []
     forward_scale = transformer.forward_scale
 
-    def witness(k, inputs, condition, cache):
+    def witness(k, inputs, *others):
         met.append(inputs)
-        return forward_scale(k, inputs, condition, cache)
+        return forward_scale(k, inputs, *others)
 
     transformer.forward_scale = witness
     for k, _ in guided_logits(transformer, tokenizer, torch.tensor([0, 1]), cfg_scale, indices):
@@ -181,9 +181,9 @@ def test_zero_guidance_is_sampling_without_the_second_half_of_the_batch(transfor
     labels, rows = torch.tensor([0, 2]), []
     forward_scale = transformer.forward_scale
 
-    def witness(k, inputs, condition, cache):
+    def witness(k, inputs, condition, *others):
         rows.append(len(condition.embedding))
-        return forward_scale(k, inputs, condition, cache)
+        return forward_scale(k, inputs, condition, *others)
 
     transformer.forward_scale = witness
     drawn = generate(transformer, tokenizer, labels, cfg_scale=0, seed=3, return_indices=True)

@@ -1,7 +1,8 @@
 """Networks compiled for sampling: the transformer's blocks for each scale, and the decoder.
 
 Every scale has a number of tokens of its own, which never changes, so each gets its own code, for
-all blocks together. On a CPU it has not been quicker, see docs/speed.md.
+all blocks together. The decoder stays as it is on a CPU, where compiled code for the norms of its
+large maps takes longer than torch's own. What it gains and costs is in docs/speed.md.
 """
 
 import itertools
@@ -20,8 +21,9 @@ def compile_for_sampling(
 ) -> None:
     """Let a pair of networks sample by compiled code, made at the first batch of each size.
 
-    In place; no key of a state dict changes, nor anything that is computed but by rounding. Each
-    batch size is compiled by itself; after eight torch stops, and goes on uncompiled.
+    In place, on the device where they are to stay; no key of a state dict changes, nor anything
+    that is computed but by rounding. Each batch size is compiled by itself; after eight torch
+    stops, and goes on uncompiled.
 
     Args:
         backend: of `torch.compile`.
@@ -35,7 +37,8 @@ def compile_for_sampling(
     calls = tuple(torch.compile(renamed(name), **graphed) for name in names)
     caches = StaticCaches() if graphs else None
     transformer.computing = transformer.computing._replace(scale_calls=calls, caches=caches)
-    tokenizer.decoder.compile(**options)
+    if next(tokenizer.parameters()).device.type != "cpu":
+        tokenizer.decoder.compile(**options)
 
 
 class StaticCaches(dict):

@@ -120,7 +120,8 @@ class VARPipeline:
     def compile(self, graphs: bool = False) -> None:
         """Draw by compiled code from now on, which is made while the first images are drawn.
 
-        It needs a C++ compiler, or on a GPU Triton. On a CPU it has not been quicker.
+        It needs a C++ compiler, or on a GPU Triton. Call it on the device where it is to draw:
+        a CPU's decoder stays as it is.
 
         Args:
             graphs: record CUDA graphs, too, on a GPU: see `compile_for_sampling`.

@@ -10,6 +10,7 @@ cumulative distribution. So an image does not depend on the batch it is drawn in
     B batch, K scales, n_k tokens of scale k, L tokens, V codes, D code dimension
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
+from var_exp.transformer.linear import cast_once
 
 # Batches of many samples are multiples of this, which keeps a sample's arithmetic the same to the
 # last bit in batches of different size; as many are decoded at once, which bounds the memory.
@@ -88,7 +90,7 @@ def generate(
         )
     uniforms = torch.from_numpy(draw_uniforms(seed, ids, transformer.schedule.seq_len))
     indices = []
-    with evaluating(transformer, tokenizer):
+    with evaluating(transformer, tokenizer), cast_once(transformer):
         for k, logits in guided_logits(transformer, tokenizer, labels, cfg_scale, indices):
             kept = keep_likeliest(logits / temperature, top_k, top_p)  # (B, n_k, V)
             u = uniforms[:, transformer.schedule.slices[k]].to(kept.device, kept.dtype)  # (B, n_k)
@@ -215,8 +217,9 @@ def guided_logits(
     cache = transformer.make_cache(len(rows) if guided else len(labels))
     f_hat, inputs = None, None
     for k in range(schedule.num_scales):
-        logits = transformer.forward_scale(k, inputs, condition, cache)
-        yield k, guide(logits, guidance_weight(cfg_scale, k, schedule.num_scales), guided)
+        t = guidance_weight(cfg_scale, k, schedule.num_scales)
+        mix = functools.partial(guide, t=t) if guided else None
+        yield k, transformer.forward_scale(k, inputs, condition, cache, mix)
         if k + 1 < schedule.num_scales:
             part = quantizer.upsample_codes(indices[k], k)
             f_hat = part if f_hat is None else f_hat + part  # (B, D, H, W)
@@ -229,11 +232,12 @@ def guidance_weight(cfg_scale: float, k: int, num_scales: int) -> float:
     return cfg_scale * k / (num_scales - 1) if num_scales > 1 else cfg_scale
 
 
-def guide(logits: Tensor, t: float, guided: bool) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598): (2B, n, V) with "no class" rows -> (B, n, V)."""
-    if not guided:
-        return logits
-    cond, uncond = logits.chunk(2)
+def guide(features: Tensor, t: float) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598): (2B, n, C) with "no class" rows -> (B, n, C).
+
+    The published code mixes logits, to which what the head's last layer reads comes to the same.
+    """
+    cond, uncond = features.chunk(2)
     return torch.lerp(uncond, cond, 1 + t)  # in one pass
 
 
@@ -247,12 +251,21 @@ def keep_likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     if not some and not most:
         return logits
     # The likeliest alone are put in order: all of them only where top-p has no top-k before it.
-    kept = logits.topk(top_k if some else logits.shape[-1], dim=-1).values
+    kept = largest(logits, top_k if some else logits.shape[-1], ordered=most)
     if most:
         mass = kept.softmax(dim=-1)
         outside = mass.cumsum(dim=-1) - mass >= top_p  # mass before this code
         kept = kept.masked_fill(outside, torch.inf)
     return logits.masked_fill(logits < kept.amin(dim=-1, keepdim=True), -torch.inf)
+
+
+def largest(logits: Tensor, count: int, ordered: bool) -> Tensor:
+    """The largest of logits (..., V): (..., count), from the first to the last if ordered."""
+    if logits.device.type != "cpu":
+        return logits.topk(count, dim=-1, sorted=ordered).values
+    found = logits.topk(count, dim=-1, sorted=False).values
+    # By AVX-512 where the processor has it, in a quarter of the time that torch takes.
+    return -torch.from_numpy(np.sort((-found).numpy(), axis=-1)) if ordered else found
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var_exp.transformer.linear import Linear
+from var_exp.transformer.linear import Linear, linear_gelu
 
 NORM_EPS = 1e-6
 
@@ -39,7 +39,8 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
+        hidden = linear_gelu(x, self.fc1.weight, self.fc1.bias)
+        return self.dropout(self.fc2(hidden))
 
 
 class SwiGLU(nn.Module):
@@ -176,7 +177,15 @@ class Head(nn.Module):
         return ()
 
     def forward(self, x: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
-        return self.linear(self.norm(x)).float()  # (B, n, V)
+        return self.logits(self.features(x, vectors))
+
+    def features(self, x: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
+        """(B, n, C) -> (B, n, C)."""
+        return self.norm(x)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, n, C) -> (B, n, V) float32."""
+        return self.linear(features).float()
 
 
 class AdaLNHead(Head):
@@ -192,8 +201,8 @@ class AdaLNHead(Head):
         """(B, C) -> scale, shift (B, 1, C)."""
         return self.ada_lin(F.silu(embedding)).unsqueeze(1).chunk(2, dim=-1)
 
-    def forward(self, x: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
-        return self.linear(modulate(self.norm(x), *vectors)).float()  # (B, n, V)
+    def features(self, x: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
+        return modulate(self.norm(x), *vectors)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

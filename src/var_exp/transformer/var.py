@@ -207,7 +207,12 @@ class VAR(nn.Module):
         return self.head(x, condition.head)
 
     def forward_scale(
-        self, k: int, inputs: Tensor | None, condition: Condition, cache: KVCache
+        self,
+        k: int,
+        inputs: Tensor | None,
+        condition: Condition,
+        cache: KVCache,
+        mix: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Logits (B, n_k, V) of scale k, whose coarser scales are in the cache.
 
@@ -216,6 +221,9 @@ class VAR(nn.Module):
             inputs: (B, n_k, D), `quantizer.next_input`; None at scale 0.
             condition: from `condition(labels)`.
             cache: from `make_cache`; extended by this scale.
+            mix: what guidance makes of the samples. It is given what the last layer reads
+                (B, n_k, C), which comes to the same where weights add up to 1, as that layer is
+                affine, and saves half of its work.
         """
         where = self.schedule.slices[k]
         x = self.start_tokens(condition) if inputs is None else self.code_projection(inputs)
@@ -224,7 +232,8 @@ class VAR(nn.Module):
         call = self.computing.scale_calls[k] if self.computing.scale_calls else call_block
         for i, block in enumerate(self.blocks):
             x = call(block, x, condition.blocks[i], cache.attend(i, where), rotation)
-        return self.head(x, condition.head)
+        features = self.head.features(x, condition.head)
+        return self.head.logits(features if mix is None else mix(features))
 
     def condition(self, labels: Tensor) -> Condition:
         """What the class decides: (B,) int64 -> embedding and modulation vectors."""
