@@ -16,17 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_exp.spec import recorded
-
-WIDE = 128  # channels at full resolution
+from var_exp.tokenizer.convolution import WIDE, Conv3x3
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """32 groups where the channels allow it, else the most that divide them."""
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
-
-
-def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
 
 
 def arranged(x: Tensor, width: int) -> Tensor:
@@ -50,8 +45,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(in_channels), conv3x3(in_channels, out_channels)
-        self.norm2, self.conv2 = group_norm(out_channels), conv3x3(out_channels, out_channels)
+        self.norm1, self.conv1 = group_norm(in_channels), Conv3x3(in_channels, out_channels)
+        self.norm2, self.conv2 = group_norm(out_channels), Conv3x3(out_channels, out_channels)
         self.dropout = nn.Dropout(dropout)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
@@ -102,7 +97,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = conv3x3(channels, channels)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
@@ -208,7 +203,7 @@ class Encoder(nn.Module):
         self.stride = patch_size * 2 ** (len(multipliers) - 1)
         widths, blocks = level_sizes(width, multipliers, num_res_blocks)
         lowest = len(widths) - 1
-        self.conv_in = conv3x3(in_channels * patch_size**2, width)
+        self.conv_in = Conv3x3(in_channels * patch_size**2, width)
         self.down = nn.ModuleList()
         previous = width
         for i, w in enumerate(widths):
@@ -219,7 +214,7 @@ class Encoder(nn.Module):
             previous = w
         self.mid = Middle(previous, attention, dropout)
         self.norm_out = group_norm(previous)
-        self.conv_out = conv3x3(previous, code_dim)
+        self.conv_out = Conv3x3(previous, code_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = arranged(F.pixel_unshuffle(x, self.patch_size), self.conv_in.out_channels)
@@ -254,7 +249,7 @@ class Decoder(nn.Module):
         self.stride = patch_size * 2 ** (len(multipliers) - 1)
         widths, blocks = level_sizes(width, multipliers, num_res_blocks)
         lowest = len(widths) - 1
-        self.conv_in = conv3x3(code_dim, widths[-1])
+        self.conv_in = Conv3x3(code_dim, widths[-1])
         self.mid = Middle(widths[-1], attention, dropout)
         levels = []
         previous = widths[-1]
@@ -267,7 +262,7 @@ class Decoder(nn.Module):
             previous = widths[i]
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = group_norm(previous)
-        self.conv_out = conv3x3(previous, out_channels * patch_size**2)
+        self.conv_out = Conv3x3(previous, out_channels * patch_size**2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(arranged(x, self.norm_out.num_channels))

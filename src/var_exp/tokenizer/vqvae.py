@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from var_exp.scales import ScaleSchedule
 from var_exp.spec import recorded
-from var_exp.tokenizer.autoencoder import Decoder, Encoder, conv3x3
+from var_exp.tokenizer.autoencoder import Decoder, Encoder
+from var_exp.tokenizer.convolution import Conv3x3
 from var_exp.tokenizer.quantizer import MultiScaleQuantizer
 
 
@@ -52,8 +53,8 @@ class VQVAE(nn.Module):
                 f"{decoder.stride} (tokenizer.*.patch_size, tokenizer.*.multipliers)"
             )
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
-        self.quant_conv = conv3x3(quantizer.code_dim, quantizer.code_dim)
-        self.post_quant_conv = conv3x3(quantizer.code_dim, quantizer.code_dim)
+        self.quant_conv = Conv3x3(quantizer.code_dim, quantizer.code_dim)
+        self.post_quant_conv = Conv3x3(quantizer.code_dim, quantizer.code_dim)
 
     @property
     def schedule(self) -> ScaleSchedule:

@@ -1,0 +1,94 @@
+"""A convolution by rows is the convolution, and is taken where it is quicker alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from var_exp.tokenizer import convolution
+from var_exp.tokenizer.convolution import Conv3x3, convolve_by_rows
+
+LAST = torch.channels_last
+
+
+def drawn(batch, inputs, outputs, height, width, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, inputs, height, width, generator=generator).to(dtype, memory_format=LAST)
+    weight = torch.randn(outputs, inputs, 3, 3, generator=generator) / inputs**0.5
+    return x, weight, torch.randn(outputs, generator=generator)
+
+
+def exact(x, weight, bias):
+    return F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+
+
+@pytest.mark.parametrize("size", [(2, 1), (2, 5), (4, 4), (10, 7), (64, 32)], ids=str)
+@pytest.mark.parametrize("channels", [(1, 1), (5, 3), (16, 32)], ids=str)
+@torch.no_grad()
+def test_by_rows_is_the_convolution(channels, size):
+    x, weight, bias = drawn(3, *channels, *size)
+    out, expected = convolve_by_rows(x, weight, bias), exact(x, weight, bias)
+    assert out.is_contiguous(memory_format=LAST)
+    torch.testing.assert_close(out, expected.float(), atol=1e-5, rtol=1e-5)
+    alone = convolve_by_rows(x[1:2], weight, bias)
+    assert torch.equal(alone, out[1:2])  # whatever comes with it
+
+
+@torch.no_grad()
+def test_in_bfloat16_it_errs_less_than_three_times_as_much_as_rounding_the_result_does():
+    x, weight, bias = drawn(1, 160, 160, 64, 64, torch.bfloat16)
+    weight = weight.bfloat16().float()
+    expected = exact(x, weight, bias)
+    error = (convolve_by_rows(x, weight, bias).double() - expected).norm()
+    assert error < 3 * (expected.bfloat16() - expected).norm()
+
+
+@pytest.fixture
+def by_rows(monkeypatch):
+    """The images of each call of `convolve_by_rows`."""
+    seen, compute = [], convolution.convolve_by_rows
+
+    def spy(x, *others):
+        seen.append((len(x), x.dtype))
+        return compute(x, *others)
+
+    monkeypatch.setattr(convolution, "convolve_by_rows", spy)
+    return seen
+
+
+@torch.no_grad()
+def test_large_maps_of_many_channels_go_by_rows_in_the_precision_that_is_asked_for(by_rows):
+    layer, (x, *_) = Conv3x3(128, 160), drawn(2, 128, 1, 64, 64)
+    plain = F.conv2d(x, layer.weight, layer.bias, padding=1)
+    torch.testing.assert_close(layer(x), plain, atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    assert (out - plain).norm() < 0.01 * plain.norm()
+    assert torch.equal(layer.bfloat16()(x.bfloat16()).isfinite(), torch.ones_like(out).bool())
+    assert by_rows == [(2, torch.float32), (2, torch.bfloat16), (2, torch.bfloat16)]
+
+
+def test_all_others_are_left_to_torch(by_rows):
+    layer, (x, *_) = Conv3x3(128, 128), drawn(1, 128, 1, 64, 64)
+    layer(x).sum().backward()  # asked for gradients
+    assert layer.weight.grad is not None
+    with torch.no_grad():
+        layer(x.contiguous())
+        layer(x[:, :, :63])  # an odd number of rows
+        layer(x[:, :, :62])  # a small map
+        Conv3x3(128, 3)(x)
+        Conv3x3(128, 128).double()(x.double())
+        with pytest.raises(RuntimeError, match="channels"):
+            Conv3x3(130, 130)(x)
+        layer.to("meta")(x.to("meta"))
+        with torch.autocast("cpu", torch.float16):
+            assert Conv3x3(128, 128)(x).dtype == torch.float16
+    assert by_rows == []
+
+
+def test_the_weights_have_the_names_and_the_start_of_a_plain_layer():
+    torch.manual_seed(0)
+    ours = Conv3x3(6, 5).state_dict()
+    torch.manual_seed(0)
+    plain = torch.nn.Conv2d(6, 5, 3, padding=1).state_dict()
+    assert list(ours) == list(plain) and all(torch.equal(ours[k], plain[k]) for k in plain)
