@@ -3,7 +3,7 @@
 Winograd's minimal filtering F(2, 3) (Lavin and Gray, arXiv 1509.09308, section 4.1), along one axis
 alone: two rows that come out take four products of rows with kernels of one row, not six. What is
 added before and after costs little against them where there are many channels. In float32 it errs
-no more than summing all nine; in bfloat16 images lose a few tenths of a decibel (docs/speed.md).
+no more than summing all nine; in bfloat16 images lose about half a decibel.
 
     B batch, I channels in, O channels out, (H, W) map
 """

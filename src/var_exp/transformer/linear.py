@@ -1,7 +1,7 @@
 """Linear layers by oneDNN.
 
 On x86 processors torch computes convolutions and bfloat16 products by oneDNN, but float32 products
-by MKL, which takes twice as long on an AMD processor with AVX-512 (docs/speed.md; not measured on
+by MKL, which takes up to twice as long on AMD's processors (docs/speed.md; not measured on
 Intel's). Here they go to oneDNN, too, forward and backward. It is the same arithmetic, summed in
 another order. In bfloat16 oneDNN adds the bias within the product; torch writes it into the result
 beforehand, which is one more pass over it.
@@ -73,9 +73,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`linear`, then GELU by its tanh approximation (Hendrycks and Gimpel, arXiv 1606.08415).
 
-    With tanh a CPU takes as long as for a third of the product. Where no gradient is asked for it
-    is computed within the product; in compiled code as x sigmoid(2 u), which is the same as
-    x (1 + tanh(u)) / 2 and has a quicker exponential.
+    A CPU's tanh takes its time. Where no gradient is asked for it is computed within the product;
+    in compiled code as x sigmoid(2 u), which is the same as x (1 + tanh(u)) / 2 and has a quicker
+    exponential.
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu":
         y = linear(x, weight, bias)
