@@ -113,7 +113,6 @@ def test_scale_by_scale_with_the_cache_equals_all_at_once_without(patch_nums, qk
         torch.testing.assert_close(out, full[:, where], atol=1e-5, rtol=1e-4)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("sizes", [(1, 1), (4, 5), (36, 91), (7, 2000)], ids=str)
 @pytest.mark.parametrize("at_once", [1, 500, 10**9])
 @torch.inference_mode()
@@ -133,6 +132,7 @@ def test_in_bfloat16_a_scale_attends_by_products_as_near_as_by_torch_whatever_is
     assert torch.equal(attend_scale(q[1:2], *(x[1:2] for x in cache), 0.5, 0.0), whole[1:2])
 
 
+@torch.no_grad()
 def test_the_layers_of_a_cache_do_not_touch_each_other_nor_what_is_not_written():
     cache = KVCache(3, 2, HEADS, 5, HEAD_DIM, torch.float32, torch.device("cpu"))
     cache.keys.fill_(7), cache.values.fill_(7)

@@ -32,8 +32,15 @@ class Conv3x3(nn.Conv2d):
         return convolve_by_rows(x.to(dtype), self.weight, self.bias)
 
     def goes_by_rows(self, x: Tensor, dtype: torch.dtype) -> bool:
-        here = x.device.type == self.weight.device.type == "cpu" and dtype in DTYPES
-        if not here or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        here = x.device.type == self.weight.device.type == "cpu" and x.ndim == 4
+        mixed = x.dtype != self.weight.dtype and not torch.is_autocast_enabled("cpu")
+        if (
+            not here
+            or dtype not in DTYPES
+            or mixed
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+        ):
             return False
         wide = min(self.in_channels, self.out_channels) >= WIDE and x.shape[1] == self.in_channels
         large = x.shape[2] * x.shape[3] >= LARGE and x.shape[2] % 2 == 0
@@ -52,7 +59,7 @@ def convolve_by_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     b, _, h, w = x.shape
     out = torch.empty((b, len(weight), h, w), dtype=x.dtype, memory_format=torch.channels_last)
-    above, same, below = weight.unbind(2)  # (O, I, 3) each
+    above, same, below = weight.float().unbind(2)  # (O, I, 3) each
     kernels = (above, (above + same + below) / 2, (above - same + below) / 2, below)
     kernels = [kernel.unsqueeze(2).to(x.dtype) for kernel in kernels]  # (O, I, 1, 3) each
     bias = bias.to(x.dtype)
