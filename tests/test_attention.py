@@ -6,15 +6,13 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tiny import ODD_SCALES, SCALES, stir
 from var_exp.scales import ScaleSchedule
-from var_exp.transformer import KVCache, segments
+from var_exp.transformer import KVCache
 from var_exp.transformer.attention import SelfAttention
 from var_exp.transformer.backends import attend_masked
 from var_exp.transformer.rope import rotation_of
-from var_exp.transformer.segments import attend_scale
 
 WIDTH, HEADS, HEAD_DIM = 24, 3, 8
 ALL = {"five": SCALES, **ODD_SCALES}
@@ -111,25 +109,6 @@ def test_scale_by_scale_with_the_cache_equals_all_at_once_without(patch_nums, qk
     for where in schedule.slices:
         out = module(x[:, where], cache.attend(0, where))
         torch.testing.assert_close(out, full[:, where], atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("sizes", [(1, 1), (4, 5), (36, 91), (7, 2000)], ids=str)
-@pytest.mark.parametrize("at_once", [1, 500, 10**9])
-@torch.inference_mode()
-def test_in_bfloat16_a_scale_attends_by_products_as_near_as_by_torch_whatever_is_at_once(
-    sizes, at_once, monkeypatch
-):
-    (n, m), (b, h, e) = sizes, (3, 2, 16)
-    cache = [torch.randn(b, h, m + 3, e).bfloat16()[:, :, :m] for _ in range(2)]
-    q = (4 * torch.randn(b, n, h, e)).bfloat16().transpose(1, 2)
-    exact = F.scaled_dot_product_attention(*(x.double() for x in (q, *cache)), scale=0.5)
-    torchs = F.scaled_dot_product_attention(q, *cache, scale=0.5)
-    whole = attend_scale(q, *cache, 0.5, 0.0)
-    assert whole.dtype == torch.bfloat16 and not torch.equal(whole, whole.flip(0))
-    assert (whole - exact).norm() <= 1.3 * (torchs - exact).norm() + 1e-3 * exact.norm()
-    monkeypatch.setattr(segments, "MOST_WEIGHTS", at_once)
-    assert torch.equal(attend_scale(q, *cache, 0.5, 0.0), whole)
-    assert torch.equal(attend_scale(q[1:2], *(x[1:2] for x in cache), 0.5, 0.0), whole[1:2])
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """Every way to attend computes what the dense mask computes, values and gradients."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from tiny import tiny_transformer
 from var_exp.scales import ScaleSchedule
 from var_exp.transformer.backends import attend_whole, check_backend, chosen_backend
-from var_exp.transformer.segments import SegmentsOnCPU
+from var_exp.transformer.segments import SegmentsOnCPU, products
 from var_exp.transformer.var import Computing
 
 SCHEDULES = {
@@ -116,6 +118,18 @@ def test_weights_in_bfloat16_have_exponents_of_float32(autocast):
     for ours, expected in zip(found, with_gradients(attend, precise, weights), strict=True):
         error = (ours.float() - expected).norm() / expected.norm()
         assert error < 0.02
+
+
+def test_the_precision_of_products_is_restored_whoever_else_computes_them():
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    q, k = torch.randn(2, 1, 2, 64, 16).bfloat16()
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: products(q, k), range(200)))
+    assert matmul.fp32_precision == before
+    expected = q.double() @ k.double().mT
+    for out in found:
+        torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_in_double_precision_are_those_of_differences():

@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+from tqdm import tqdm
 
 from stages import NUM_BATCHES, Interrupt, run
 
@@ -27,8 +28,9 @@ def test_on_a_terminal_the_bar_tells_the_loss_and_goes_on_where_the_run_does(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     run(stage, digits, tmp_path, Interrupt(5))
     capsys.readouterr()
+    assert not [bar for bar in gc.get_objects() if isinstance(bar, tqdm) and not bar.disable]
     _, losses = run(stage, digits, tmp_path)
-    gc.collect()  # the bar of the interrupted run, which must say nothing more
+    gc.collect()  # the bars of the interrupted run, which must say nothing more
     # Where a validation's bar stands below, the cursor is moved before the line.
     shown = re.split(r"[\r\n]+", re.sub(r"\x1b\[\w", "", capsys.readouterr().out))
     (*_, last) = [line for line in shown if line.startswith(f"{stage}:")]

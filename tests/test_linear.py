@@ -1,5 +1,7 @@
 """A linear layer is the same by whichever library its product is computed."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,7 +83,7 @@ def test_gelu_is_the_same_after_the_product_within_it_and_in_compiled_code(
 
 
 @needs_bfloat16
-def test_weights_are_cast_once_for_all_scales_and_nothing_is_kept(monkeypatch):
+def test_weights_are_cast_once_for_all_scales(monkeypatch):
     transformer, tokenizer, weights = tiny_transformer(depth=2), tiny_tokenizer(), []
     compute = module.ONEDNN_LINEAR
 
@@ -99,12 +101,32 @@ def test_weights_are_cast_once_for_all_scales_and_nothing_is_kept(monkeypatch):
         monkeypatch.setattr(module, "already_cast", lambda tensor: tensor)
         again = generate(transformer, tokenizer, [0, 1], return_indices=True)
         assert all(map(torch.equal, drawn.indices, again.indices))
-        with pytest.raises(KeyboardInterrupt), cast_once(transformer):
-            assert len(CASTS.get()) > 0
-            raise KeyboardInterrupt
-        assert CASTS.get() is None
-    with cast_once(transformer):  # without autocast there is nothing to cast
-        assert CASTS.get() is None
+
+
+def test_what_is_cast_once_is_what_autocast_would_cast_and_ends_with_the_context():
+    layer, x = module.Linear(8, 6), torch.randn(2, 8)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    with pytest.raises(KeyboardInterrupt), cast_once():
+        with autocast:
+            assert layer(x).grad_fn is not None  # with gradients nothing is kept
+            assert CASTS.get() == {}
+            with torch.no_grad():
+                once, again = layer(x), layer(x)
+                assert torch.equal(once, again) and once.dtype == torch.bfloat16
+                assert {kept[1].dtype for kept in CASTS.get().values()} == {torch.bfloat16}
+                assert len(CASTS.get()) == 2
+                with cast_once():  # one of its own within another
+                    assert CASTS.get() == {}
+                assert len(CASTS.get()) == 2
+                assert module.Linear(8, 6).double()(x.double()).dtype == torch.float64
+        assert layer(x).dtype == torch.float32  # autocast is off
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(CASTS.get()))
+        thread.start()
+        thread.join()
+        assert seen == [None]
+        raise KeyboardInterrupt
+    assert CASTS.get() is None
 
 
 @needs_both

@@ -60,15 +60,15 @@ def draw_many(transformer, tokenizer, labels, batch_size, sample_ids=None, **set
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
-def test_sample_i_does_not_depend_on_the_batch_size(tokenizer, block, cfg_scale):
+@pytest.mark.parametrize(("cfg_scale", "autocast"), [(0.0, False), (1.5, False), (1.5, True)])
+def test_sample_i_does_not_depend_on_the_batch_size(tokenizer, block, cfg_scale, autocast):
     transformer = tiny_transformer(block=block)
     labels = [i % 3 for i in range(70)]
     settings = {"seed": 7, "cfg_scale": cfg_scale, "top_k": 12, "top_p": 0.95}
-    first, *others = (
-        draw_many(transformer, tokenizer, labels, batch_size, **settings)
-        for batch_size in (64, 1, 3, 8)
-    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        first, *others = (
+            draw_many(transformer, tokenizer, labels, size, **settings) for size in (64, 1, 3, 8)
+        )
     assert list(first) == list(range(70))
     for other in others:
         assert list(other) == list(range(70))

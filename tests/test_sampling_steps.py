@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiny import BLOCKS, tiny_tokenizer, tiny_transformer
-from var_exp.sampling import generate, largest
+from var_exp.sampling import generate
 from var_exp.transformer.attention import CachedAttention, KVCache
 
 
@@ -79,14 +79,3 @@ def test_what_depends_on_the_class_alone_is_computed_once_for_all_scales(block, 
         monkeypatch.setattr(part, "modulation", counted)
     generate(transformer, tiny_tokenizer(), [0, 1])
     assert calls == parts
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("ordered", [True, False])
-def test_the_largest_are_those_of_torch_whatever_they_are_in(dtype, ordered):
-    logits = torch.randn(3, 5, 40).to(dtype)
-    logits[0, 0, 3:] = -torch.inf
-    found = largest(logits.requires_grad_(), 7, ordered)
-    assert found.dtype == dtype
-    expected = logits.topk(7, dim=-1).values
-    assert torch.equal(found if ordered else found.sort(descending=True).values, expected)

@@ -1,8 +1,8 @@
 """Networks compiled for sampling: the transformer's blocks for each scale, and the decoder.
 
 Every scale has a number of tokens of its own, which never changes, so each gets its own code, for
-all blocks together. The decoder stays as it is on a CPU, where compiled code for the norms of its
-large maps takes longer than torch's own. What it gains and costs is in docs/speed.md.
+all blocks together. The decoder is compiled for GPUs alone: a CPU spends its time in convolutions,
+which are the same in compiled code. What compiling gains and costs is in docs/speed.md.
 """
 
 import itertools

@@ -90,11 +90,12 @@ def generate(
         )
     uniforms = torch.from_numpy(draw_uniforms(seed, ids, transformer.schedule.seq_len))
     indices = []
-    with evaluating(transformer, tokenizer), cast_once(transformer):
-        for k, logits in guided_logits(transformer, tokenizer, labels, cfg_scale, indices):
-            kept = keep_likeliest(logits / temperature, top_k, top_p)  # (B, n_k, V)
-            u = uniforms[:, transformer.schedule.slices[k]].to(kept.device, kept.dtype)  # (B, n_k)
-            indices.append(draw(kept, u))
+    with evaluating(transformer, tokenizer):
+        with cast_once():
+            for k, logits in guided_logits(transformer, tokenizer, labels, cfg_scale, indices):
+                kept = keep_likeliest(logits / temperature, top_k, top_p)  # (B, n_k, V)
+                u = uniforms[:, transformer.schedule.slices[k]]  # (B, n_k)
+                indices.append(draw(kept, u.to(kept.device, kept.dtype)))
         images = torch.cat(list(decode_in_parts(tokenizer, indices))).add_(1).div_(2)
     return Samples(images, indices) if return_indices else images
 
@@ -235,7 +236,8 @@ def guidance_weight(cfg_scale: float, k: int, num_scales: int) -> float:
 def guide(features: Tensor, t: float) -> Tensor:
     """Classifier-free guidance (arXiv 2207.12598): (2B, n, C) with "no class" rows -> (B, n, C).
 
-    The published code mixes logits, to which what the head's last layer reads comes to the same.
+    The published code mixes logits. The layer that makes them is affine and the weights add up to
+    1, so it may as well read the mixture, which is half of its work.
     """
     cond, uncond = features.chunk(2)
     return torch.lerp(uncond, cond, 1 + t)  # in one pass
@@ -251,21 +253,12 @@ def keep_likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     if not some and not most:
         return logits
     # The likeliest alone are put in order: all of them only where top-p has no top-k before it.
-    kept = largest(logits, top_k if some else logits.shape[-1], ordered=most)
+    kept = logits.topk(top_k if some else logits.shape[-1], dim=-1, sorted=most).values
     if most:
         mass = kept.softmax(dim=-1)
         outside = mass.cumsum(dim=-1) - mass >= top_p  # mass before this code
         kept = kept.masked_fill(outside, torch.inf)
     return logits.masked_fill(logits < kept.amin(dim=-1, keepdim=True), -torch.inf)
-
-
-def largest(logits: Tensor, count: int, ordered: bool) -> Tensor:
-    """The largest of logits (..., V): (..., count), from the first to the last if ordered."""
-    if logits.device.type != "cpu" or logits.dtype == torch.bfloat16:  # which numpy has not
-        return logits.topk(count, dim=-1, sorted=ordered).values
-    found = logits.detach().topk(count, dim=-1, sorted=False).values
-    # By AVX-512 where the processor has it.
-    return -torch.from_numpy(np.sort((-found).numpy(), axis=-1)) if ordered else found
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:

@@ -24,31 +24,26 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = x.dtype
-        if torch.is_autocast_enabled("cpu") and dtype in DTYPES:
-            dtype = torch.get_autocast_dtype("cpu")
-        if not self.goes_by_rows(x, dtype):
-            return super().forward(x)
-        return convolve_by_rows(x.to(dtype), self.weight, self.bias)
+        if self.goes_by_rows(x):
+            return convolve_by_rows(x, self.weight, self.bias)
+        return super().forward(x)
 
-    def goes_by_rows(self, x: Tensor, dtype: torch.dtype) -> bool:
-        here = x.device.type == self.weight.device.type == "cpu" and x.ndim == 4
-        mixed = x.dtype != self.weight.dtype and not torch.is_autocast_enabled("cpu")
-        if (
-            not here
-            or dtype not in DTYPES
-            or mixed
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-        ):
+    def goes_by_rows(self, x: Tensor) -> bool:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        wide = min(self.in_channels, self.out_channels) >= WIDE and x.shape[1] == self.in_channels
+        autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if autocast else self.weight.dtype
+        if not (x.device.type == self.weight.device.type == "cpu" and x.dtype == dtype in DTYPES):
+            return False
+        if x.ndim != 4 or x.shape[1] != self.in_channels:  # which torch refuses, or knows
+            return False
+        wide = min(self.in_channels, self.out_channels) >= WIDE
         large = x.shape[2] * x.shape[3] >= LARGE and x.shape[2] % 2 == 0
         return wide and large and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def convolve_by_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`F.conv2d` with a padding of 1, in the dtype of x.
+    """`F.conv2d` of finite numbers with a padding of 1, in the dtype of x.
 
     Args:
         x: (B, I, H, W), channels-last, H even.
@@ -58,7 +53,12 @@ def convolve_by_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         (B, O, H, W), channels-last.
     """
     b, _, h, w = x.shape
-    out = torch.empty((b, len(weight), h, w), dtype=x.dtype, memory_format=torch.channels_last)
+    out = torch.empty(
+        (b, len(weight), h, w),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
     above, same, below = weight.float().unbind(2)  # (O, I, 3) each
     kernels = (above, (above + same + below) / 2, (above - same + below) / 2, below)
     kernels = [kernel.unsqueeze(2).to(x.dtype) for kernel in kernels]  # (O, I, 1, 3) each

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from var_exp.transformer.backends import Attend
 from var_exp.transformer.linear import Linear, linear
 from var_exp.transformer.rope import rotate
-from var_exp.transformer.segments import attend_scale
 
 
 class KVCache:
@@ -67,7 +66,9 @@ class CachedAttention(NamedTuple):
         end = self.where.stop
         self.keys[:, :, self.where] = k
         self.values[:, :, self.where] = v
-        return attend_scale(q, self.keys[:, :, :end], self.values[:, :, :end], scale, dropout)
+        return F.scaled_dot_product_attention(
+            q, self.keys[:, :, :end], self.values[:, :, :end], dropout_p=dropout, scale=scale
+        )
 
 
 class SelfAttention(nn.Module):

@@ -25,8 +25,9 @@ HAS_BFLOAT16 = ONEDNN_LINEAR is not None and torch.ops.mkldnn._is_mkldnn_bf16_su
 
 GELU = 2 * math.sqrt(2 / math.pi)  # of `linear_gelu`
 
-# Weights and biases by their id, in the dtype of autocast: of `cast_once`.
-CASTS: ContextVar[dict[int, Tensor] | None] = ContextVar("casts", default=None)
+# Of `cast_once`: by its id and the dtype, a parameter and what it was cast to.
+Casts = dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]
+CASTS: ContextVar[Casts | None] = ContextVar("casts", default=None)
 
 
 class Linear(nn.Linear):
@@ -37,22 +38,14 @@ class Linear(nn.Linear):
 
 
 @contextlib.contextmanager
-def cast_once(network: nn.Module) -> Iterator[None]:
-    """Within it the weights of linear layers are not cast anew at each call.
+def cast_once() -> Iterator[None]:
+    """Within it, and without gradients, a parameter is cast once, not at each call of its layer.
 
-    Autocast keeps what it has cast for the parameters that are trained, and none in inference mode;
-    sampling calls every layer once for each scale. The weights must not change meanwhile. Code
-    that was compiled casts them as before.
+    Autocast itself keeps what it has cast for parameters that are trained, and nothing in inference
+    mode; sampling calls every layer once for each scale. Parameters must not change meanwhile, and
+    take half of their memory again. Compiled code casts them as before.
     """
-    device = next(network.parameters()).device.type
-    available = torch.amp.is_autocast_available(device)  # not for tensors without content
-    if not available or not torch.is_autocast_enabled(device):
-        yield
-        return
-    dtype = torch.get_autocast_dtype(device)
-    layers = [module for module in network.modules() if isinstance(module, Linear)]
-    tensors = [t for layer in layers for t in (layer.weight, layer.bias) if t is not None]
-    before = CASTS.set({id(tensor): tensor.detach().to(dtype) for tensor in tensors})
+    before = CASTS.set({})
     try:
         yield
     finally:
@@ -77,7 +70,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     in compiled code as x sigmoid(2 u), which is the same as x (1 + tanh(u)) / 2 and has a quicker
     exponential.
     """
-    if torch.compiler.is_compiling() and x.device.type == "cpu":
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype != torch.float64:
         y = linear(x, weight, bias)
         z = y.float()
         return (z * torch.sigmoid(z * (GELU + GELU * 0.044715 * z * z))).to(y.dtype)
@@ -89,10 +82,19 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def already_cast(tensor: Tensor | None) -> Tensor | None:
-    """The weight or bias, as `cast_once` keeps it."""
+    """A parameter as autocast would cast it, from `cast_once`; elsewhere the tensor itself."""
     if torch.compiler.is_compiling() or (casts := CASTS.get()) is None:
         return tensor
-    return casts.get(id(tensor), tensor)
+    parameter = isinstance(tensor, nn.Parameter) and tensor.dtype == torch.float32
+    if not parameter or torch.is_grad_enabled():
+        return tensor
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensor
+    dtype = torch.get_autocast_dtype(device)
+    if (id(tensor), dtype) not in casts:
+        casts[id(tensor), dtype] = tensor, tensor.to(dtype)  # held, so that its id stays its own
+    return casts[id(tensor), dtype][1]
 
 
 def onednn_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:

@@ -7,6 +7,7 @@ adds its part. The forward pass comes in two ways (`Flash`, `Products`), by the 
     B batch, H heads, L tokens, n tokens of a scale, m tokens up to its end, E head dimension
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch.autograd.function import once_differentiable
 
 # Tokens up to which `Products` may keep its weights, which grow with their square.
 MOST_TOKENS = 1024
-MOST_WEIGHTS = 2**20  # that are computed at once where they are not kept: what a cache holds
+
+# Held while `products` sets what is the whole process's: a second thread would restore the first's.
+SETTING = threading.Lock()
 
 
 def attend_segments(
@@ -33,18 +36,6 @@ def attend_segments(
         for queries, keys in spans(ends)
     ]
     return torch.cat(parts, dim=2)
-
-
-def attend_scale(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
-    """The last scale alone, in sampling: q (B, H, n, E) sees all of k, v (B, H, m, E)."""
-    plain = q.device.type == "cpu" and dropout == 0 and not torch.is_grad_enabled()
-    if not plain or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
-    heads = [tensor.flatten(0, 1) for tensor in (q, k, v)]  # (BH, n, E), (BH, m, E) each
-    at_once = max(1, MOST_WEIGHTS // (q.shape[2] * k.shape[2]))
-    parts = zip(*(tensor.split(at_once) for tensor in heads), strict=True)
-    out = torch.cat([Products.forward(*part, scale)[0] for part in parts])  # (BH, n, E)
-    return out.view(q.shape)
 
 
 def spans(ends: Sequence[int]) -> Iterator[tuple[slice, slice]]:
@@ -116,7 +107,7 @@ class Flash:
 
 
 class Products:
-    """By a product, a softmax and a product; keeps the weights (..., n, m).
+    """By a product, a softmax and a product; keeps the weights (B, H, n, m).
 
     For bfloat16, by which those kernels gain nothing. The exponents are in float32, as they are
     there.
@@ -124,7 +115,7 @@ class Products:
 
     @staticmethod
     def arranged(*tensors: Tensor) -> tuple[Tensor, ...]:
-        """Heads one after the other, or every product of a few of their tokens would copy them."""
+        """Each head's tokens together in memory: products of some of them then need no copy."""
         return tuple(tensor.contiguous() for tensor in tensors)
 
     @staticmethod
@@ -146,18 +137,18 @@ class Products:
 
 @torch.library.custom_op("var_exp::products", mutates_args=())
 def products(q: Tensor, k: Tensor) -> Tensor:
-    """q (..., n, E) and k (..., m, E) in bfloat16 -> their products (..., n, m) in float32.
+    """q (B, H, n, E) and k (B, H, m, E) in bfloat16 -> their products (B, H, n, m) in float32.
 
     oneDNN may round the factors to bfloat16, which they are already, so that nothing is lost. An
     operator of its own, since `torch.compile` cannot look into such a setting.
     """
     matmul = torch.backends.mkldnn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    try:
-        with torch.autocast("cpu", enabled=False):  # which would round the products
+    with SETTING, torch.autocast("cpu", enabled=False):  # which would round the products
+        before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+        try:
             return q.float() @ k.float().mT
-    finally:
-        matmul.fp32_precision = before
+        finally:
+            matmul.fp32_precision = before
 
 
 @products.register_fake

@@ -221,9 +221,8 @@ class VAR(nn.Module):
             inputs: (B, n_k, D), `quantizer.next_input`; None at scale 0.
             condition: from `condition(labels)`.
             cache: from `make_cache`; extended by this scale.
-            mix: what guidance makes of the samples. It is given what the last layer reads
-                (B, n_k, C), which comes to the same where weights add up to 1, as that layer is
-                affine, and saves half of its work.
+            mix: guidance, which makes one sample of two: applied to what the head's last layer
+                reads, (B, n_k, C) -> (B / 2, n_k, C); there are then logits of half as many.
         """
         where = self.schedule.slices[k]
         x = self.start_tokens(condition) if inputs is None else self.code_projection(inputs)
