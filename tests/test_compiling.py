@@ -56,9 +56,7 @@ def test_in_bfloat16_logits_are_as_near_as_rounding_leaves_them():
             compile_for_sampling(transformer, tokenizer, backend="aot_eager")
         given, logits = [], []
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
-            for k, of_scale in guided_logits(
-                transformer, tokenizer, torch.tensor([0, 1]), 1.5, given
-            ):
+            for k, of_scale in guided_logits(*pair, labels, 1.5, given):
                 logits.append(of_scale)
                 given.append(codes[k])
         found.append(torch.cat(logits, dim=1))
