@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from var_exp.transformer.backends import Attend
 from var_exp.transformer.linear import Linear, linear
+from var_exp.transformer.qk_norm import unit_vectors
 from var_exp.transformer.rope import rotate
 
 
@@ -131,11 +132,11 @@ class SelfAttention(nn.Module):
         b, n, c = x.shape
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = linear(x, self.qkv.weight, bias)  # (B, n, 3C)
-        qkv = qkv.view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (B, H, n, E)
+        three = qkv.view(b, n, 3, self.num_heads, self.head_dim).unbind(2)
+        q, k, v = (x.transpose(1, 2) for x in three)  # (B, H, n, E)
         if self.log_scale is not None:
-            q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=self.MAX_LOG_SCALE).exp()
-            k = F.normalize(k, dim=-1)
+            scale = self.log_scale.clamp(max=self.MAX_LOG_SCALE).exp()
+            q, k = unit_vectors(q, scale), unit_vectors(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         rate = self.dropout if self.training else 0.0

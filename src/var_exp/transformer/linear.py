@@ -140,8 +140,11 @@ class OneDNNLinear(torch.autograd.Function):
             grad_weight = None
         elif grad.dtype == torch.bfloat16:  # by oneDNN already, and quicker than as a layer
             grad_weight = rows.T @ inputs
+        # Otherwise the smaller factor is turned: oneDNN wants one of them so, and takes its time.
+        elif rows.shape[1] > inputs.shape[1]:
+            grad_weight = OneDNNLinear.apply(inputs.T.contiguous(), rows.T, None).T
         else:
-            grad_weight = OneDNNLinear.apply(rows.T, inputs.T, None)
+            grad_weight = OneDNNLinear.apply(rows.T.contiguous(), inputs.T, None)
         return (
             OneDNNLinear.apply(grad, weight.T, None) if of_x else None,
             grad_weight,
