@@ -21,7 +21,7 @@ def exact(x, weight, bias):
     return F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
 
 
-@pytest.mark.parametrize("size", [(4, 1), (4, 5), (8, 4), (12, 7), (64, 32), (72, 3), (140, 4)], ids=str)
+@pytest.mark.parametrize("size", [(4, 1), (8, 4), (12, 7), (64, 32), (72, 3), (140, 4)], ids=str)
 @pytest.mark.parametrize("channels", [(1, 1), (5, 3), (16, 32)], ids=str)
 @torch.no_grad()
 def test_by_rows_is_the_convolution(channels, size):

@@ -72,13 +72,12 @@ def test_on_a_gpu_norms_are_kept_in_float32():
         assert nn.functional.normalize(x).dtype == torch.float32
         with torch.autocast("cpu", enabled=False):
             assert nn.functional.group_norm(x, 2).dtype == torch.bfloat16
-    for stage in ("tokenizer", "var"):
-        module = module_of(stage)
-        on_cpu, on_gpu = (
-            rehearse(module, SHAPE, 12, NUM_BATCHES, "bf16-mixed", accelerator)
-            for accelerator in ("cpu", "gpu")
-        )
-        assert on_gpu.kept > on_cpu.kept
+    module = module_of("tokenizer")
+    on_cpu, on_gpu = (
+        rehearse(module, SHAPE, 12, NUM_BATCHES, "bf16-mixed", accelerator)
+        for accelerator in ("cpu", "gpu")
+    )
+    assert on_gpu.kept > on_cpu.kept
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "gpu"])

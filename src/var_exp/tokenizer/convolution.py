@@ -75,7 +75,8 @@ def kernels_of(weight: Tensor) -> list[Tensor]:
     The polynomial whose coefficients the three rows are, at each point, over the product of the
     point's differences from the other four.
     """
-    above, same, below = weight.unsqueeze(2).unbind(3)  # (O, I, 1, 3) each
+    last = weight.permute(2, 0, 3, 1).contiguous()  # (3, O, 3, I): in the end channels-last
+    above, same, below = last.permute(0, 1, 3, 2).unsqueeze(3)  # (O, I, 1, 3) each
     ones, halves = above + below, above + below / 4
     return [
         above * 4,

@@ -142,7 +142,7 @@ class OneDNNLinear(torch.autograd.Function):
             grad_weight = rows.T @ inputs
         # Otherwise the smaller factor is turned: oneDNN wants one of them so, and takes its time.
         elif rows.shape[1] > inputs.shape[1]:
-            grad_weight = OneDNNLinear.apply(inputs.T.contiguous(), rows.T, None).T
+            grad_weight = OneDNNLinear.apply(inputs.T.contiguous(), rows.T, None).T.contiguous()
         else:
             grad_weight = OneDNNLinear.apply(rows.T.contiguous(), inputs.T, None)
         return (

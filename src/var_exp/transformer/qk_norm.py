@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 EPS = 1e-12  # shorter vectors are divided by this instead of their length, as `F.normalize` does
 
@@ -21,7 +22,7 @@ def unit_vectors(x: Tensor, scale: Tensor | None = None) -> Tensor:
         scale: (1, H, 1, 1), or none.
 
     Returns:
-        (B, H, n, E), float32 where x has less.
+        (B, H, n, E), float32 where x has less. It can be differentiated once.
     """
     return UnitVectors.apply(x, scale)
 
@@ -38,6 +39,7 @@ class UnitVectors(torch.autograd.Function):
         return wide * scaled(inverse, scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         x, scale, inverse = ctx.saved_tensors
         unit = widened(x) * inverse
