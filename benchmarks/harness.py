@@ -3,8 +3,9 @@
 What else a machine does changes from minute to minute, and meets whoever runs at the time. So all
 candidates of a benchmark run in one process, once in each round, the round's first one changing
 from round to round, and a ratio is taken within a round; the medians over the rounds count, between
-their quartiles. What keeps its memory, as our programs do, is measured after all that does not. The
-machine's limits (`limits.py`) are measured in every round like a candidate.
+their quartiles. What keeps its memory, as our programs do, has rounds of its own after all others,
+since a process cannot go back: a ratio to it is one of rounds of the same number, minutes apart.
+The machine's limits (`limits.py`) are measured in every round like a candidate.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from var_exp.environment import machine
 FIRST_ROUNDS = 2  # a training step has all the memory that it keeps after the second
 # Variables of the environment, by their beginnings.
 THAT_MATTER = ("ONEDNN_", "ATEN_CPU", "OMP_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+KEPT = ", memory kept"  # after the names of candidates, and of limits measured beside them
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -45,7 +47,7 @@ class Candidate(NamedTuple):
 
 def kept(candidate: Candidate) -> Candidate:
     """The same, in a process that keeps the memory of its tensors."""
-    return candidate._replace(name=f"{candidate.name}, memory kept", keeps_memory=True)
+    return candidate._replace(name=candidate.name + KEPT, keeps_memory=True)
 
 
 class Spread(NamedTuple):
@@ -74,18 +76,26 @@ def interleave(
 ) -> list[dict[str, float]]:
     """Seconds of each candidate by name, round by round, after first rounds that do not count.
 
-    What `limits` measures comes with each round under the names that it gives.
+    What `limits` measures comes with each round, under the names of `limits_of`.
     """
     for candidate in [*candidates] * first_rounds:
         candidate.run()
     rounds = []
+    suffix = KEPT if candidates[0].keeps_memory else ""
     for number in range(repeats):
         first = number % len(candidates)
-        times = limits.measure()
+        times = {name + suffix: value for name, value in limits.measure().items()}
         for candidate in [*candidates[first:], *candidates[:first]]:
             times[candidate.name] = stopwatch(candidate.run)
         rounds.append(times)
     return rounds
+
+
+def limits_of(times: dict[str, float], candidate: Candidate) -> dict[str, float]:
+    """What the machine could do at most in the round that the candidate was measured in."""
+    suffix = KEPT if candidate.keeps_memory else ""
+    names = [name for name in (*PRECISIONS, "copy") if name + suffix in times]
+    return {name: times[name + suffix] for name in names}
 
 
 def summary(
@@ -104,11 +114,14 @@ def summary(
         figures = {"seconds": taken}
         figures["times_as_fast"] = [b / t for b, t in zip(base, taken, strict=True)]
         if work is not None:
+            most = [limits_of(times, candidate) for times in rounds]
             figures["share_of_limit"] = [
-                work.seconds_at_least(times, candidate.precision) / times[name] for times in rounds
+                work.seconds_at_least(limits, candidate.precision) / seconds
+                for limits, seconds in zip(most, taken, strict=True)
             ]
             figures["share_of_matrix_product"] = [
-                work.operations / times[name] / times[candidate.precision] for times in rounds
+                work.operations / seconds / limits[candidate.precision]
+                for limits, seconds in zip(most, taken, strict=True)
             ]
         row: dict[str, Any] = {"name": name, "precision": candidate.precision}
         row |= {key: spread(values)._asdict() for key, values in figures.items()}
@@ -146,8 +159,8 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Measure candidates by the name of the work that they do, which needs no more than the least.
 
-    Those that keep their memory come last, since a process cannot go back; what they ask the system
-    for in their first rounds does not count. They are left out where memory cannot be kept.
+    Those that keep their memory come last; what they ask the system for in their first rounds does
+    not count. They are left out where memory cannot be kept.
     """
     stopwatch = Stopwatch(torch.device(args.device), CLOCKS[args.clock])
     rounds: dict[str, list[dict[str, float]]] = {}

@@ -103,8 +103,9 @@ def same_codes(plain: PlainSamples, ours: Samples, uniforms: Tensor) -> Tensor:
     for k, (a, b, mass) in enumerate(zip(plain.indices, ours.indices, plain.masses, strict=True)):
         target = uniforms[:, first : first + a.shape[1]] * mass[..., -1]  # (B, n_k)
         first += a.shape[1]
-        lower, upper = torch.minimum(a, b), torch.maximum(a, b)
-        borders = [mass.gather(-1, i.unsqueeze(-1)).squeeze(-1) for i in (lower, upper - 1)]
+        lower = torch.minimum(a, b)
+        before = (torch.maximum(a, b) - 1).clamp_min(0)  # of what is before the upper one
+        borders = [mass.gather(-1, i.unsqueeze(-1)).squeeze(-1) for i in (lower, before)]
         away = torch.stack([(border - target).abs() for border in borders]).amax(dim=0)
         wrong = alike.unsqueeze(1) & (a != b) & (away > BORDER)
         if wrong.any():

@@ -52,8 +52,24 @@ def test_those_that_keep_their_memory_come_last_and_are_timed_when_they_have_it(
     found = harness.compare(works, args)
     assert "".join(seen) == "A" + "AA" + "B" + "BB" + "|" + "aa" + "aa" + "bb" + "bb"
     assert [row["name"] for row in found["two"]["candidates"]] == ["B", "b"]
-    assert set(found["one"]["rounds"][1]) == {"A", "a", "fp32", "copy"}
-    assert set(found["one"]["limits"]) == {"fp32", "copy"}
+    limits = {"fp32", "copy", "fp32, memory kept", "copy, memory kept"}
+    assert set(found["one"]["rounds"][1]) == {"A", "a"} | limits
+    assert set(found["one"]["limits"]) == limits
+
+
+def test_a_share_is_of_the_limits_that_were_measured_beside_the_candidate(monkeypatch):
+    kept = []
+    monkeypatch.setattr(harness, "keep_memory", lambda: kept.append(True) or True)
+    monkeypatch.setattr(
+        limits.Limits, "measure", lambda self: {"fp32": 4.0 if kept else 2.0, "copy": 1e9}
+    )
+    one = Candidate("one", lambda: None, "fp32", Work(6, {"fp32": 1}))
+    args = harness.parse("", ["--limit-size", "32", "--repeats", "1"])
+    found = harness.compare({"work": [one, harness.kept(one)]}, args)["work"]
+    for row, limit in zip(found["candidates"], (2.0, 4.0), strict=True):
+        seconds = row["seconds"]["median"]
+        for share in ("share_of_limit", "share_of_matrix_product"):
+            assert row[share]["median"] == pytest.approx(6 / limit / seconds)
 
 
 def test_nothing_is_called_kept_where_memory_cannot_be(monkeypatch):

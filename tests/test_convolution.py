@@ -21,7 +21,7 @@ def exact(x, weight, bias):
     return F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
 
 
-@pytest.mark.parametrize("size", [(4, 1), (8, 4), (12, 7), (64, 32), (72, 3), (140, 4)], ids=str)
+@pytest.mark.parametrize("size", [(4, 1), (8, 4), (12, 7), (64, 32), (68, 3), (140, 4)], ids=str)
 @pytest.mark.parametrize("channels", [(1, 1), (5, 3), (16, 32)], ids=str)
 @torch.no_grad()
 def test_by_rows_is_the_convolution(channels, size):
@@ -34,7 +34,7 @@ def test_by_rows_is_the_convolution(channels, size):
 
 
 @torch.no_grad()
-def test_in_float32_it_errs_less_than_three_times_as_much_as_the_sum_of_all_nine():
+def test_in_float32_it_errs_less_than_three_times_as_much_as_the_plain_convolution():
     x, weight, bias = drawn(1, 160, 160, 64, 64)
     expected = exact(x, weight, bias)
     ours, plain = convolve_by_rows(x, weight, bias), F.conv2d(x, weight, bias, padding=1)
@@ -42,7 +42,7 @@ def test_in_float32_it_errs_less_than_three_times_as_much_as_the_sum_of_all_nine
 
 
 @torch.no_grad()
-def test_in_bfloat16_it_errs_less_than_eight_times_as_much_as_rounding_the_result_does():
+def test_in_bfloat16_it_errs_on_noise_less_than_eight_times_as_much_as_rounding_does():
     x, weight, bias = drawn(1, 160, 160, 64, 64, torch.bfloat16)
     weight = weight.bfloat16().float()
     expected = exact(x, weight, bias)
@@ -84,7 +84,7 @@ def test_all_others_are_left_to_torch(by_rows):
     assert layer.weight.grad is not None
     with torch.no_grad():
         layer(x.contiguous())
-        layer(x.repeat(1, 1, 2, 1)[:, :, :66])  # rows that are no fours
+        layer(drawn(1, 128, 1, 66, 64)[0])  # rows that are no fours
         layer(x[:, :, :60])  # a small map
         Conv3x3(128, 3)(x)
         Conv3x3(128, 128).double()(x.double())

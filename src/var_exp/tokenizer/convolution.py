@@ -2,9 +2,9 @@
 
 Winograd's minimal filtering F(4, 3) (Lavin and Gray, arXiv 1509.09308, section 4.1), along one axis
 alone: four rows that come out take six products of rows with kernels of one row, not twelve. What
-is added before and after costs little against them where there are many channels. In float32 it
-errs twice as much as summing all nine; in bfloat16, which rounds what is added, too, up to eight
-times as much as rounding the result alone. With infinities it has other NaNs.
+is added before and after costs little against them where there are many channels. Of noise it errs
+twice as much as a plain convolution in float32; in bfloat16, which rounds what is added, too, seven
+times as much as rounding the result does. With infinities it has other NaNs.
 
     B batch, I channels in, O channels out, (H, W) map
 """

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-EPS = 1e-12  # shorter vectors are divided by this instead of their length, as `F.normalize` does
+# Shorter vectors are divided by this instead of their length, as `F.normalize` does; their gradient
+# is that of others.
+EPS = 1e-12
 
 
 def unit_vectors(x: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -22,7 +24,7 @@ def unit_vectors(x: Tensor, scale: Tensor | None = None) -> Tensor:
         scale: (1, H, 1, 1), or none.
 
     Returns:
-        (B, H, n, E), float32 where x has less. It can be differentiated once.
+        (B, H, n, E), float32 where x has less. Its gradient has no gradient.
     """
     return UnitVectors.apply(x, scale)
 
