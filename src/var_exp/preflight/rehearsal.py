@@ -163,10 +163,11 @@ def rehearse(
     # Read as a number, and that of all networks but fresh ones: codebooks have started.
     module.tokenizer.quantizer.started = torch.tensor(True)
     if accelerator != "cpu" and isinstance(module.network, VAR):
-        # Blocks are recomputed within the backward pass, where the mode around it is off.
+        # Blocks are recomputed within the backward pass, where the mode around it is off. No way
+        # of attending keeps its weights on a GPU; on a CPU segments do, a mask does not.
         computing = module.network.computing
         call = functools.partial(call_as_on_gpu, computing.call)
-        module.network.computing = computing._replace(call=call)
+        module.network.computing = computing._replace(call=call, attention="mask")
     with contextlib.nullcontext() if accelerator == "cpu" else AsOnGPU():
         return last_step(module, images, num_batches, precision, continued=size < share)
 
