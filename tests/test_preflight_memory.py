@@ -80,6 +80,15 @@ def test_on_a_gpu_norms_are_kept_in_float32():
     assert on_gpu.kept > on_cpu.kept
 
 
+def test_on_a_gpu_no_way_of_attending_keeps_its_weights():
+    def kept(attention, accelerator):
+        module = module_of("var", dropout=0.0, attention=attention)
+        return rehearse(module, SHAPE, 12, NUM_BATCHES, "bf16-mixed", accelerator).kept
+
+    (on_gpu,) = {kept(attention, "gpu") for attention in ("auto", "mask", "segments", "flex")}
+    assert on_gpu == kept("mask", "cpu") < kept("segments", "cpu")
+
+
 @pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
 def test_blocks_that_are_computed_anew_are_not_held_until_the_backward_pass(accelerator):
     held = []
