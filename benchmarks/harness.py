@@ -76,26 +76,23 @@ def interleave(
 ) -> list[dict[str, float]]:
     """Seconds of each candidate by name, round by round, after first rounds that do not count.
 
-    What `limits` measures comes with each round, under the names of `limits_of`.
+    What `limits` measures comes with each round, under names that `beside` gives.
     """
     for candidate in [*candidates] * first_rounds:
         candidate.run()
     rounds = []
-    suffix = KEPT if candidates[0].keeps_memory else ""
     for number in range(repeats):
         first = number % len(candidates)
-        times = {name + suffix: value for name, value in limits.measure().items()}
+        times = {beside(candidates[0], name): x for name, x in limits.measure().items()}
         for candidate in [*candidates[first:], *candidates[:first]]:
             times[candidate.name] = stopwatch(candidate.run)
         rounds.append(times)
     return rounds
 
 
-def limits_of(times: dict[str, float], candidate: Candidate) -> dict[str, float]:
-    """What the machine could do at most in the round that the candidate was measured in."""
-    suffix = KEPT if candidate.keeps_memory else ""
-    names = [name for name in (*PRECISIONS, "copy") if name + suffix in times]
-    return {name: times[name + suffix] for name in names}
+def beside(candidate: Candidate, limit: str) -> str:
+    """The name of a limit that was measured in the rounds of this candidate."""
+    return limit + KEPT if candidate.keeps_memory else limit
 
 
 def summary(
@@ -114,7 +111,8 @@ def summary(
         figures = {"seconds": taken}
         figures["times_as_fast"] = [b / t for b, t in zip(base, taken, strict=True)]
         if work is not None:
-            most = [limits_of(times, candidate) for times in rounds]
+            names = {n: beside(candidate, n) for n in (candidate.precision, "copy")}
+            most = [{n: times[named] for n, named in names.items()} for times in rounds]
             figures["share_of_limit"] = [
                 work.seconds_at_least(limits, candidate.precision) / seconds
                 for limits, seconds in zip(most, taken, strict=True)

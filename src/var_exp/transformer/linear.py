@@ -136,20 +136,20 @@ class OneDNNLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)  # (N, O), (N, I)
-        if not of_weight:
-            grad_weight = None
-        elif grad.dtype == torch.bfloat16:  # by oneDNN already, and quicker than as a layer
-            grad_weight = rows.T @ inputs
-        # Otherwise the smaller factor is turned: oneDNN wants one of them so, and takes its time.
-        elif rows.shape[1] > inputs.shape[1]:
-            grad_weight = OneDNNLinear.apply(inputs.T.contiguous(), rows.T, None).T.contiguous()
-        else:
-            grad_weight = OneDNNLinear.apply(rows.T.contiguous(), inputs.T, None)
         return (
             OneDNNLinear.apply(grad, weight.T, None) if of_x else None,
-            grad_weight,
+            weight_gradient(rows, inputs) if of_weight else None,
             rows.sum(dim=0) if of_bias else None,
         )
+
+
+def weight_gradient(rows: Tensor, inputs: Tensor) -> Tensor:
+    """Gradients of what comes out (N, O), what goes in (N, I) -> that of the weight (O, I)."""
+    if rows.dtype == torch.bfloat16:  # by oneDNN already, and quicker than as a layer
+        return rows.T @ inputs
+    if rows.shape[1] > inputs.shape[1]:  # oneDNN would turn one, and takes its time: the smaller
+        return weight_gradient(inputs, rows).T.contiguous()
+    return OneDNNLinear.apply(rows.T.contiguous(), inputs.T, None)
 
 
 @torch.library.custom_op("var_exp::linear", mutates_args=())

@@ -1,6 +1,6 @@
 """QK-norm: queries and keys as unit vectors, with the gradient written out.
 
-Autograd would go twice as often over tensors of that size, which a CPU feels.
+Autograd would go more often over tensors of that size, which a CPU feels.
 
     B batch, H heads, n tokens, E head dimension
 """
