@@ -10,6 +10,7 @@ import torch
 from tiny import ODD_SCALES, SCALES, stir
 from var_exp.scales import ScaleSchedule
 from var_exp.transformer import KVCache
+from var_exp.transformer import attention as attention_module
 from var_exp.transformer.attention import SelfAttention
 from var_exp.transformer.backends import attend_masked
 from var_exp.transformer.rope import rotation_of
@@ -109,6 +110,36 @@ def test_scale_by_scale_with_the_cache_equals_all_at_once_without(patch_nums, qk
     for where in schedule.slices:
         out = module(x[:, where], cache.attend(0, where))
         torch.testing.assert_close(out, full[:, where], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_scale_of_many_tokens_in_bfloat16_attends_by_products_a_few_samples_at_a_time(
+    monkeypatch,
+):
+    ours, counts = attention_module.Products.forward, []
+
+    def spy(q, *others):
+        counts.append(len(q))
+        return ours(q, *others)
+
+    monkeypatch.setattr(attention_module.Products, "forward", spy)
+    monkeypatch.setattr(attention_module, "WEIGHTS", 2 * HEADS * 64 * 84)  # of two samples
+    schedule = ScaleSchedule([2, 4, 8])
+    cpu = torch.device("cpu")
+    caches = [
+        KVCache(1, 3, HEADS, schedule.seq_len, HEAD_DIM, dtype, cpu)
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    for where in schedule.slices:
+        # Exponents of tens, of which 8 bits say little.
+        q, k, v = torch.randn(3, 3, HEADS, where.stop - where.start, HEAD_DIM).bfloat16()
+        out, expected = (
+            cache.attend(0, where)(*(x.to(cache.keys.dtype) for x in (4 * q, k, v)), 1.0, 0.0)
+            for cache in caches
+        )
+        assert out.dtype == torch.bfloat16 and out.shape == expected.shape
+        assert (out - expected).norm() < 0.01 * expected.norm()
+    assert counts == [2, 1]  # of the last scale
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 
 from tiny import tiny_transformer
 from var_exp.scales import ScaleSchedule
+from var_exp.transformer import segments
 from var_exp.transformer.backends import attend_whole, check_backend, chosen_backend
 from var_exp.transformer.segments import SegmentsOnCPU, products
 from var_exp.transformer.var import Computing
@@ -120,7 +121,9 @@ def test_weights_in_bfloat16_have_exponents_of_float32(autocast):
         assert error < 0.02
 
 
-def test_the_precision_of_products_is_restored_whoever_else_computes_them():
+@pytest.mark.parametrize("tiles", [False, True])
+def test_the_precision_of_products_is_restored_whoever_else_computes_them(tiles, monkeypatch):
+    monkeypatch.setattr(segments, "HAS_TILES", tiles)
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     q, k = torch.randn(2, 1, 2, 64, 16).bfloat16()

@@ -9,9 +9,9 @@ from var_exp.tokenizer.autoencoder import (
     Downsample,
     ResidualBlock,
     SpatialAttention,
-    Upsample,
     group_norm,
 )
+from var_exp.tokenizer.upsampling import Upsample
 
 
 def slow_norm(x, norm):

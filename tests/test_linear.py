@@ -83,7 +83,7 @@ def test_gelu_is_the_same_after_the_product_within_it_and_in_compiled_code(
 
 
 @needs_bfloat16
-def test_weights_are_cast_once_for_all_scales(monkeypatch):
+def test_weights_are_cast_and_laid_out_once_for_all_scales(monkeypatch):
     transformer, tokenizer, weights = tiny_transformer(depth=2), tiny_tokenizer(), []
     compute = module.ONEDNN_LINEAR
 
@@ -96,9 +96,10 @@ def test_weights_are_cast_once_for_all_scales(monkeypatch):
         drawn = generate(transformer, tokenizer, [0, 1], return_indices=True)
         layers = [m for m in transformer.modules() if isinstance(m, module.Linear)]
         assert {weight.dtype for weight in weights} == {torch.bfloat16}
-        assert len({weight.data_ptr() for weight in weights}) == len(layers) < len(weights)
+        assert len({id(weight) for weight in weights}) == len(layers) < len(weights)
+        assert all(weight.is_mkldnn for weight in weights)  # laid out, too
         assert CASTS.get() is None
-        monkeypatch.setattr(module, "already_cast", lambda tensor: tensor)
+        monkeypatch.setattr(module, "already_cast", lambda tensor, laid_out=False: tensor)
         again = generate(transformer, tokenizer, [0, 1], return_indices=True)
         assert all(map(torch.equal, drawn.indices, again.indices))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from var_exp.spec import recorded
 from var_exp.tokenizer.convolution import WIDE, Conv3x3
+from var_exp.tokenizer.upsampling import Upsample
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -85,34 +86,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Double the size: nearest neighbour, then a convolution.
-
-    On a CPU it is computed as one transposed convolution, in 4 products for each pixel that comes
-    out instead of 9: of the repeated pixels several meet one and the same sum of weights. CUDA may
-    sum a transposed convolution in another order each time.
-    """
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = Conv3x3(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return F.conv_transpose2d(x, folded(self.conv.weight), self.conv.bias, stride=2, padding=1)
-
-
-def folded(weight: Tensor) -> Tensor:
-    """The weights (I, O, 4, 4) that meet pixels once, of (O, I, 3, 3) that meet them doubled.
-
-    Rows 2i and 2i + 1 see rows i - 1, i, i and i, i, i + 1 of what comes in.
-    """
-    a, b, c = weight.transpose(0, 1).unbind(2)  # (I, O, 3) each
-    a, b, c = torch.stack((c, b + c, a + b, a), dim=2).unbind(3)  # (I, O, 4) each
-    return torch.stack((c, b + c, a + b, a), dim=3)
 
 
 class Level(nn.Module):

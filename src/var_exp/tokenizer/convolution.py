@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 WIDE = 128  # channels from which on channels-last and, in it, rows are quicker
 LARGE = 64 * 64  # pixels of a map
-STRIP = 16  # rows of each product: what is made of them for a moment stays in the processor's cache
+STRIP = 8192  # pixels of each product: what is made of them for a moment stays in the cache
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -31,17 +31,25 @@ class Conv3x3(nn.Conv2d):
         return super().forward(x)
 
     def goes_by_rows(self, x: Tensor) -> bool:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return False
-        autocast = torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if autocast else self.weight.dtype
-        if not (x.device.type == self.weight.device.type == "cpu" and x.dtype == dtype in DTYPES):
-            return False
-        if x.ndim != 4 or x.shape[1] != self.in_channels:  # which torch refuses, or knows
-            return False
-        wide = min(self.in_channels, self.out_channels) >= WIDE
-        large = x.shape[2] * x.shape[3] >= LARGE and x.shape[2] % 4 == 0
-        return wide and large and x.is_contiguous(memory_format=torch.channels_last)
+        large = x.ndim == 4 and x.shape[2] * x.shape[3] >= LARGE and x.shape[2] % 4 == 0
+        return large and saves_products(self, x)
+
+
+def saves_products(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether additions, which are quick where channels are many, may take the place of products.
+
+    On a CPU and without gradients, of what is in channels-last and needs no cast.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else conv.weight.dtype
+    if not (x.device.type == conv.weight.device.type == "cpu" and x.dtype == dtype in DTYPES):
+        return False
+    if x.ndim != 4 or x.shape[1] != conv.in_channels:  # which torch refuses, or knows
+        return False
+    wide = min(conv.in_channels, conv.out_channels) >= WIDE
+    return wide and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def convolve_by_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -62,9 +70,10 @@ def convolve_by_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         memory_format=torch.channels_last,
     )
     kernels, bias = [kernel.to(x.dtype) for kernel in kernels_of(weight.float())], bias.to(x.dtype)
+    rows = max(1, STRIP // w)
     for image, result in zip(x.split(1), out.split(1), strict=True):
-        for first in range(0, h // 4, STRIP):
-            strip = slice(first, min(first + STRIP, h // 4))
+        for first in range(0, h // 4, rows):
+            strip = slice(first, min(first + rows, h // 4))
             convolve_strip(image, kernels, bias, result, strip)
     return out
 

@@ -28,7 +28,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from var_exp.ranks import from_first, is_first, sum_over_ranks, world_size
-from var_exp.tokenizer.autoencoder import Downsample, ResidualBlock, SpatialAttention, Upsample
+from var_exp.tokenizer.autoencoder import Downsample, ResidualBlock, SpatialAttention
+from var_exp.tokenizer.upsampling import Upsample
 from var_exp.transformer.attention import SelfAttention
 from var_exp.transformer.block import MLP, AdaLNBlock, SwiGLU
 

@@ -136,9 +136,9 @@ class AdaLNBlock(Block):
     def forward(self, x: Tensor, vectors: tuple[Tensor, ...], **seen) -> Tensor:
         gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = vectors
         h = modulate(self.norm1(x), scale_attn, shift_attn)
-        x = x + self.skip(gate_attn * self.attn(h, **seen))
+        x = torch.addcmul(x, gate_attn, self.skip(self.attn(h, **seen)))
         h = modulate(self.norm2(x), scale_mlp, shift_mlp)
-        return x + self.skip(gate_mlp * self.mlp(h))  # (B, n, C)
+        return torch.addcmul(x, gate_mlp, self.skip(self.mlp(h)))  # (B, n, C)
 
     def init_modulation(self, gate_init: float) -> None:
         scale_gates(self.ada_lin.weight.data.unflatten(0, (6, -1)), gate_init)
@@ -206,7 +206,7 @@ class AdaLNHead(Head):
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 def scale_gates(six: Tensor, gate_init: float) -> None:

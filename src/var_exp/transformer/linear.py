@@ -22,11 +22,12 @@ from torch import Tensor, nn
 BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if BOTH else None
 HAS_BFLOAT16 = ONEDNN_LINEAR is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+LAY_OUT = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
 GELU = 2 * math.sqrt(2 / math.pi)  # of `linear_gelu`
 
-# Of `cast_once`: by its id and the dtype, a parameter and what it was cast to.
-Casts = dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]
+# Of `cast_once`: a parameter and what it was cast to, by its id, the dtype and how it lies.
+Casts = dict[tuple[int, torch.dtype, bool], tuple[Tensor, Tensor]]
 CASTS: ContextVar[Casts | None] = ContextVar("casts", default=None)
 
 
@@ -42,8 +43,9 @@ def cast_once() -> Iterator[None]:
     """Within it, and without gradients, a parameter is cast once, not at each call of its layer.
 
     Autocast itself keeps what it has cast for parameters that are trained, and nothing in inference
-    mode; sampling calls every layer once for each scale. Parameters must not change meanwhile, and
-    take half of their memory again. Compiled code casts them as before.
+    mode; sampling calls every layer once for each scale. What oneDNN multiplies by is laid out as
+    its kernels read it, too. Parameters must not change meanwhile, and take half of their memory
+    again. Compiled code casts them as before.
     """
     before = CASTS.set({})
     try:
@@ -54,8 +56,8 @@ def cast_once() -> Iterator[None]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (..., I), weight (O, I), bias (O,) -> (..., O)."""
-    weight, bias = already_cast(weight), already_cast(bias)
     dtype = onednn_dtype(x, weight, bias)
+    weight, bias = already_cast(weight, laid_out=dtype is not None), already_cast(bias)
     if dtype is None:
         return F.linear(x, weight, bias)
     return OneDNNLinear.apply(
@@ -74,15 +76,19 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         y = linear(x, weight, bias)
         z = y.float()
         return (z * torch.sigmoid(z * (GELU + GELU * 0.044715 * z * z))).to(y.dtype)
-    weight, bias = already_cast(weight), already_cast(bias)
     dtype = None if torch.is_grad_enabled() else onednn_dtype(x, weight, bias)
     if dtype is None:
         return F.gelu(linear(x, weight, bias), approximate="tanh")
+    weight, bias = already_cast(weight, laid_out=True), already_cast(bias)
     return ONEDNN_LINEAR(x.to(dtype), weight.to(dtype), bias.to(dtype), "gelu", [], "tanh")
 
 
-def already_cast(tensor: Tensor | None) -> Tensor | None:
-    """A parameter as autocast would cast it, from `cast_once`; elsewhere the tensor itself."""
+def already_cast(tensor: Tensor | None, laid_out: bool = False) -> Tensor | None:
+    """A parameter as autocast would cast it, from `cast_once`; elsewhere the tensor itself.
+
+    Args:
+        laid_out: for oneDNN alone, which otherwise lays out a weight at each call.
+    """
     if torch.compiler.is_compiling() or (casts := CASTS.get()) is None:
         return tensor
     parameter = isinstance(tensor, nn.Parameter) and tensor.dtype == torch.float32
@@ -92,9 +98,12 @@ def already_cast(tensor: Tensor | None) -> Tensor | None:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensor
     dtype = torch.get_autocast_dtype(device)
-    if (id(tensor), dtype) not in casts:
-        casts[id(tensor), dtype] = tensor, tensor.to(dtype)  # held, so that its id stays its own
-    return casts[id(tensor), dtype][1]
+    key = id(tensor), dtype, laid_out
+    if key not in casts:
+        cast = tensor.to(dtype)
+        cast = LAY_OUT(cast) if laid_out and LAY_OUT is not None else cast
+        casts[key] = tensor, cast  # the tensor is held, so that its id stays its own
+    return casts[key][1]
 
 
 def onednn_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:

@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 # Tokens up to which `Products` may keep its weights, which grow with their square.
 MOST_TOKENS = 1024
 
+HAS_TILES = torch.cpu._is_amx_tile_supported()
+
 # Held while `products` sets what is the whole process's: a second thread would restore the first's.
 SETTING = threading.Lock()
 
@@ -139,16 +141,20 @@ class Products:
 def products(q: Tensor, k: Tensor) -> Tensor:
     """q (B, H, n, E) and k (B, H, m, E) in bfloat16 -> their products (B, H, n, m) in float32.
 
-    oneDNN may round the factors to bfloat16, which they are already, so that nothing is lost. An
-    operator of its own, since `torch.compile` cannot look into such a setting.
+    Where the processor multiplies tiles of bfloat16, oneDNN may round the factors to that, which
+    they are already, so that nothing is lost. An operator of its own, since `torch.compile` cannot
+    look into such a setting.
     """
-    matmul = torch.backends.mkldnn.matmul
-    with SETTING, torch.autocast("cpu", enabled=False):  # which would round the products
-        before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-        try:
+    with torch.autocast("cpu", enabled=False):  # which would round the products
+        if not HAS_TILES:
             return q.float() @ k.float().mT
-        finally:
-            matmul.fp32_precision = before
+        matmul = torch.backends.mkldnn.matmul
+        with SETTING:
+            before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+            try:
+                return q.float() @ k.float().mT
+            finally:
+                matmul.fp32_precision = before
 
 
 @products.register_fake
