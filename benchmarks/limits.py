@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from var_exp.training.machine import linear_layer, wait_for
-from var_exp.transformer.linear import ONEDNN_LINEAR, linear
+from var_exp.training.machine import LAYERS, wait_for
+from var_exp.transformer.linear import linear
 
 aten = torch.ops.aten
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -157,9 +157,7 @@ def attention_backward(_, query: Tensor, key: Tensor, value: Tensor, *__, attn_m
 # the tensors themselves, not shapes, where `_get_raw` says so, as `register_flop_formula(...,
 # get_raw=True)` does.
 attention._get_raw = attention_backward._get_raw = True
-ON_CPU = {
+ON_CPU = LAYERS | {
     aten._scaled_dot_product_flash_attention_for_cpu: attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
 }
-if ONEDNN_LINEAR is not None:
-    ON_CPU[ONEDNN_LINEAR] = linear_layer

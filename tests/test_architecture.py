@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "ranks": set(),
     "interruption": set(),
     "processes": SIGNALS,
-    "tokenizer": {"scales", "spec"} | RANKS,
-    "transformer": {"scales", "spec"},
+    "onednn": set(),
+    "tokenizer": {"scales", "spec", "onednn"} | RANKS,
+    "transformer": {"scales", "spec", "onednn"},
     "api": NETWORKS | {"sampling"},
     "sampling": NETWORKS,
     "compiling": {"tokenizer", "transformer"},
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     | FILES
     | RANKS
     | SIGNALS
-    | {"sampling", "checkpoint", "data", "evaluation"},
+    | {"sampling", "checkpoint", "data", "evaluation", "onednn"},
     "lock": set(),
     "slurm": SIGNALS,
     "search": SIGNALS | {"cli", "lock", "search_space", "slurm"},

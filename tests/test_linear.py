@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from tiny import tiny_tokenizer, tiny_transformer
+from var_exp import onednn
 from var_exp.compiling import check_compiler
 from var_exp.sampling import generate
 from var_exp.training.machine import FlopCounter
 from var_exp.transformer import linear as module
 from var_exp.transformer.linear import CASTS, OneDNNLinear, cast_once, linear, linear_gelu
 
-needs_bfloat16 = pytest.mark.skipif(not module.HAS_BFLOAT16, reason="oneDNN without bfloat16")
-needs_both = pytest.mark.skipif(module.ONEDNN_LINEAR is None, reason="torch without MKL and oneDNN")
+needs_bfloat16 = pytest.mark.skipif(not onednn.HAS_BFLOAT16, reason="oneDNN without bfloat16")
+needs_both = pytest.mark.skipif(onednn.LINEAR is None, reason="torch without MKL and oneDNN")
 # As few numbers as a step has at its smallest, and as many as one product is cut into parts for.
 SHAPES = [((3,), 5, 7), ((2, 9), 64, 192), ((4, 340), 512, 96)]
 
@@ -85,13 +86,13 @@ def test_gelu_is_the_same_after_the_product_within_it_and_in_compiled_code(
 @needs_bfloat16
 def test_weights_are_cast_and_laid_out_once_for_all_scales(monkeypatch):
     transformer, tokenizer, weights = tiny_transformer(depth=2), tiny_tokenizer(), []
-    compute = module.ONEDNN_LINEAR
+    compute = onednn.LINEAR
 
     def spy(x, weight, *others):
         weights.append(weight)
         return compute(x, weight, *others)
 
-    monkeypatch.setattr(module, "ONEDNN_LINEAR", spy)
+    monkeypatch.setattr(onednn, "LINEAR", spy)
     with torch.autocast("cpu", torch.bfloat16):
         drawn = generate(transformer, tokenizer, [0, 1], return_indices=True)
         layers = [m for m in transformer.modules() if isinstance(m, module.Linear)]
@@ -180,7 +181,7 @@ def test_what_onednn_is_not_asked_for_is_left_to_torch(monkeypatch):
 
     monkeypatch.setattr(OneDNNLinear, "apply", never)
     x, weight, bias = drawn((2, 3), 8, 8)
-    if module.ONEDNN_LINEAR is not None:
+    if onednn.LINEAR is not None:
         with pytest.raises(AssertionError):
             linear(x, weight, bias)
     with torch.autocast("cpu", torch.float16):
@@ -195,7 +196,7 @@ def test_what_onednn_is_not_asked_for_is_left_to_torch(monkeypatch):
         linear(x, weight[:, :5], bias)
     elsewhere = F.linear(x, weight.to("meta"), bias)
     assert linear(x, weight.to("meta"), bias).device == elsewhere.device
-    monkeypatch.setattr(module, "ONEDNN_LINEAR", None)
+    monkeypatch.setattr(onednn, "LINEAR", None)
     torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
 
 
@@ -207,13 +208,13 @@ def test_what_onednn_is_not_asked_for_is_left_to_torch(monkeypatch):
 def test_every_linear_layer_of_a_transformer_is_computed_so(options, monkeypatch):
     transformer, seen = tiny_transformer(**options), []
     weights = [m.weight for m in transformer.modules() if isinstance(m, torch.nn.Linear)]
-    compute = module.ONEDNN_LINEAR
+    compute = onednn.LINEAR
 
     def spy(x, weight, *others):
         seen.append(weight)
         return compute(x, weight, *others)
 
-    monkeypatch.setattr(module, "ONEDNN_LINEAR", spy)
+    monkeypatch.setattr(onednn, "LINEAR", spy)
     transformer(torch.randn(2, transformer.schedule.seq_len - 1, transformer.code_dim))
     assert weights and {id(weight) for weight in weights} == {id(weight) for weight in seen}
 

@@ -10,8 +10,9 @@ added, too, less than eight times as much as rounding the result. With infinitie
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from var_exp.onednn import Convolution
 
 WIDE = 128  # channels from which on channels-last and, in it, rows are quicker
 LARGE = 64 * 64  # pixels of a map
@@ -69,8 +70,10 @@ def convolve_by_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         device=x.device,
         memory_format=torch.channels_last,
     )
-    kernels, bias = [kernel.to(x.dtype) for kernel in kernels_of(weight.float())], bias.to(x.dtype)
     rows = max(1, STRIP // w)
+    size = (1, x.shape[1], rows, w)
+    kernels = [Convolution(k.to(x.dtype), size, (0, 1)) for k in kernels_of(weight.float())]
+    bias = bias.to(x.dtype)
     for image, result in zip(x.split(1), out.split(1), strict=True):
         for first in range(0, h // 4, rows):
             strip = slice(first, min(first + rows, h // 4))
@@ -98,7 +101,7 @@ def kernels_of(weight: Tensor) -> list[Tensor]:
 
 
 def convolve_strip(
-    x: Tensor, kernels: list[Tensor], bias: Tensor, out: Tensor, strip: slice
+    x: Tensor, kernels: list[Convolution], bias: Tensor, out: Tensor, strip: slice
 ) -> None:
     """Write some rows of the convolution of x (1, I, H, W) into out (1, O, H, W).
 
@@ -125,7 +128,7 @@ def convolve_strip(
     even, odd, rows = (torch.empty_like(a, memory_format=torch.channels_last) for _ in range(3))
 
     def product(i: int, bias: Tensor | None = None) -> Tensor:
-        return F.conv2d(rows, kernels[i], bias, padding=(0, 1))
+        return kernels[i](rows, bias)
 
     def products(i: int, factor: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Sum and difference of those of even + factor * odd and of even - factor * odd."""

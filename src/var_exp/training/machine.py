@@ -10,7 +10,8 @@ import torch
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from var_exp.transformer.linear import ONEDNN_LINEAR, linear
+from var_exp import onednn
+from var_exp.transformer.linear import linear
 
 SMALLEST, LARGEST = 256, 8192  # sides of the matrices; the largest three take 0.8 GB in float32
 LONG_ENOUGH = 0.01  # seconds of a product, beside which starting and timing it weigh little
@@ -29,13 +30,25 @@ def linear_layer(x, weight, *_, out_shape=None, **__) -> int:
     return 2 * prod(x) * weight[0]
 
 
-# Attention and linear layers as CPUs compute them, which torch's own table leaves out.
-ON_CPU = {
+def convolution(x, kernel, *_, out_shape=None, **__) -> int:
+    return 2 * prod(out_shape) * prod(kernel[1:])
+
+
+def pairs(query, key, *_, out_shape=None, **__) -> int:
+    return 2 * prod(query) * key[-2]
+
+
+# What CPUs compute by operators that torch's own table leaves out: of oneDNN, and our own.
+LAYERS = {
+    onednn.LINEAR: linear_layer,
+    onednn.CONVOLUTION: convolution,
+    torch.ops.var_exp.products: pairs,
+}
+LAYERS.pop(None, None)  # of operators that this torch does not have
+ON_CPU = LAYERS | {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
 }
-if ONEDNN_LINEAR is not None:
-    ON_CPU[ONEDNN_LINEAR] = linear_layer
 FORMULAS: dict[Any, Callable[..., int]] = flop_counter.flop_registry | {
     operator: flop_counter.shape_wrapper(formula) for operator, formula in ON_CPU.items()
 }

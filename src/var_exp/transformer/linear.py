@@ -17,12 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The operator that `torch.compile` takes on CPUs; None where torch has not both libraries: on a
-# Mac, say, it has Apple's own products.
-BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if BOTH else None
-HAS_BFLOAT16 = ONEDNN_LINEAR is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-LAY_OUT = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+from var_exp import onednn
 
 GELU = 2 * math.sqrt(2 / math.pi)  # of `linear_gelu`
 
@@ -80,7 +75,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if dtype is None:
         return F.gelu(linear(x, weight, bias), approximate="tanh")
     weight, bias = already_cast(weight, laid_out=True), already_cast(bias)
-    return ONEDNN_LINEAR(x.to(dtype), weight.to(dtype), bias.to(dtype), "gelu", [], "tanh")
+    return onednn.LINEAR(x.to(dtype), weight.to(dtype), bias.to(dtype), "gelu", [], "tanh")
 
 
 def already_cast(tensor: Tensor | None, laid_out: bool = False) -> Tensor | None:
@@ -101,8 +96,8 @@ def already_cast(tensor: Tensor | None, laid_out: bool = False) -> Tensor | None
     key = id(tensor), dtype, laid_out
     if key not in casts:
         cast = tensor.to(dtype)
-        cast = LAY_OUT(cast) if laid_out and LAY_OUT is not None else cast
-        casts[key] = tensor, cast  # the tensor is held, so that its id stays its own
+        # The tensor is held, so that its id stays its own.
+        casts[key] = tensor, onednn.laid_out(cast) if laid_out else cast
     return casts[key][1]
 
 
@@ -111,7 +106,7 @@ def onednn_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype 
 
     That is also what does not fit together: torch says so.
     """
-    if ONEDNN_LINEAR is None or torch.compiler.is_exporting():
+    if onednn.LINEAR is None or torch.compiler.is_exporting():
         return None
     tensors = (x, weight) if bias is None else (x, weight, bias)
     shaped = x.ndim > 1 and weight.ndim == 2 and x.shape[-1] == weight.shape[1] and x.numel() > 0
@@ -123,7 +118,7 @@ def onednn_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype 
         dtype, fits = torch.get_autocast_dtype("cpu"), dtypes <= {torch.float32, torch.bfloat16}
     else:
         dtype, fits = x.dtype, len(dtypes) == 1
-    possible = HAS_BFLOAT16 if dtype == torch.bfloat16 else dtype == torch.float32
+    possible = onednn.HAS_BFLOAT16 if dtype == torch.bfloat16 else dtype == torch.float32
     return dtype if fits and possible else None
 
 
@@ -134,7 +129,7 @@ class OneDNNLinear(torch.autograd.Function):
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
             return opaque_linear(x, weight, bias)
-        return ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+        return onednn.LINEAR(x, weight, bias, "none", [], "")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor):
@@ -164,7 +159,7 @@ def weight_gradient(rows: Tensor, inputs: Tensor) -> Tensor:
 @torch.library.custom_op("var_exp::linear", mutates_args=())
 def opaque_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The operator in compiled code, where torch would refuse weights that are no constants."""
-    return ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+    return onednn.LINEAR(x, weight, bias, "none", [], "")
 
 
 @opaque_linear.register_fake

@@ -1,0 +1,53 @@
+"""oneDNN's operators that torch keeps for its compiler, without gradients; None where it has none.
+
+They take weights that are laid out already as the kernels read them, which torch's own functions
+do anew at every call.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# torch has both libraries or what is here is not taken: a Mac, say, has Apple's own products.
+BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+
+
+def operator(name: str) -> Any:
+    return getattr(torch.ops.mkldnn, name, None) if BOTH else None
+
+
+LINEAR, CONVOLUTION = operator("_linear_pointwise"), operator("_convolution_pointwise")
+LAY_OUT_WEIGHT = operator("_reorder_linear_weight")
+LAY_OUT_KERNEL = operator("_reorder_convolution_weight")
+HAS_BFLOAT16 = BOTH and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def laid_out(weight: Tensor) -> Tensor:
+    """A weight (O, I), float32 or bfloat16, for `LINEAR` alone."""
+    return weight if LAY_OUT_WEIGHT is None else LAY_OUT_WEIGHT(weight)
+
+
+class Convolution:
+    """`F.conv2d` with one kernel, many times and without gradients: the kernel is laid out once.
+
+    Args:
+        kernel: (O, I, h, w), float32 or bfloat16, on a CPU.
+        size: (B, I, H, W) of what comes, by which oneDNN chooses; others are computed, too.
+        padding: of rows and of columns.
+    """
+
+    def __init__(self, kernel: Tensor, size: tuple[int, ...], padding: tuple[int, int] = (0, 0)):
+        self.kernel, self.padding = kernel, padding
+        possible = HAS_BFLOAT16 if kernel.dtype == torch.bfloat16 else kernel.dtype == torch.float32
+        self.laid_out = possible and None not in (CONVOLUTION, LAY_OUT_KERNEL)
+        if self.laid_out:
+            self.kernel = LAY_OUT_KERNEL(kernel, padding, (1, 1), (1, 1), 1, size)
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (B, I, H, W) and bias (O,), of the kernel's dtype -> (B, O, H', W')."""
+        if not self.laid_out:
+            return F.conv2d(x, self.kernel, bias, padding=self.padding)
+        ones = (1, 1)
+        return CONVOLUTION(x, self.kernel, bias, self.padding, ones, ones, 1, "none", [], "")
