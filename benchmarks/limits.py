@@ -153,7 +153,7 @@ def attention_backward(_, query: Tensor, key: Tensor, value: Tensor, *__, attn_m
     return round(2 * pairs * (3 * query.shape[-1] + 2 * value.shape[-1]))
 
 
-# FlopCounterMode does not know attention and linear layers as CPUs compute them. It gives a formula
+# FlopCounterMode does not know attention and layers as CPUs compute them. It gives a formula
 # the tensors themselves, not shapes, where `_get_raw` says so, as `register_flop_formula(...,
 # get_raw=True)` does.
 attention._get_raw = attention_backward._get_raw = True

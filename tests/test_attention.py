@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tiny import ODD_SCALES, SCALES, stir
+from var_exp import onednn
 from var_exp.scales import ScaleSchedule
-from var_exp.transformer import KVCache
+from var_exp.transformer import KVCache, segments
 from var_exp.transformer import attention as attention_module
 from var_exp.transformer.attention import SelfAttention
 from var_exp.transformer.backends import attend_masked
@@ -113,17 +114,19 @@ def test_scale_by_scale_with_the_cache_equals_all_at_once_without(patch_nums, qk
 
 
 @torch.no_grad()
-def test_a_scale_of_many_tokens_in_bfloat16_attends_by_products_a_few_samples_at_a_time(
+def test_a_scale_of_many_tokens_in_bfloat16_attends_by_products_a_few_heads_at_a_time(
     monkeypatch,
 ):
-    ours, counts = attention_module.Products.forward, []
+    ours, counts = segments.Products.forward, []
 
     def spy(q, *others):
         counts.append(len(q))
         return ours(q, *others)
 
-    monkeypatch.setattr(attention_module.Products, "forward", spy)
-    monkeypatch.setattr(attention_module, "WEIGHTS", 2 * HEADS * 64 * 84)  # of two samples
+    monkeypatch.setattr(segments.Products, "forward", spy)
+    monkeypatch.setattr(segments, "HAS_TILES", False)
+    monkeypatch.setattr(onednn, "HAS_BFLOAT16", True)
+    monkeypatch.setattr(attention_module, "WEIGHTS", 4 * 64 * 84)  # of four heads
     schedule = ScaleSchedule([2, 4, 8])
     cpu = torch.device("cpu")
     caches = [
@@ -137,9 +140,18 @@ def test_a_scale_of_many_tokens_in_bfloat16_attends_by_products_a_few_samples_at
             cache.attend(0, where)(*(x.to(cache.keys.dtype) for x in (4 * q, k, v)), 1.0, 0.0)
             for cache in caches
         )
+        last = out
         assert out.dtype == torch.bfloat16 and out.shape == expected.shape
         assert (out - expected).norm() < 0.01 * expected.norm()
-    assert counts == [2, 1]  # of the last scale
+    assert counts == [4, 4, 1]  # of the last scale
+    where = schedule.slices[-1]
+    alone = KVCache(1, 1, HEADS, schedule.seq_len, HEAD_DIM, torch.bfloat16, cpu)
+    alone.keys.copy_(caches[0].keys[:, 1:2]), alone.values.copy_(caches[0].values[:, 1:2])
+    one = alone.attend(0, where)(*(x[1:2] for x in (4 * q, k, v)), 1.0, 0.0)
+    assert counts[3:] == [3] and torch.equal(one, last[1:2])  # whatever comes with it
+    monkeypatch.setattr(attention_module, "MOST_OF_A_HEAD", 64 * 84 - 1)
+    caches[0].attend(0, where)(4 * q, k, v, 1.0, 0.0)
+    assert len(counts) == 4  # by torch, which needs no memory for weights
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 
 from tiny import tiny_transformer
 from var_exp.scales import ScaleSchedule
+from var_exp.training.machine import FlopCounter
 from var_exp.transformer import segments
 from var_exp.transformer.backends import attend_whole, check_backend, chosen_backend
 from var_exp.transformer.segments import SegmentsOnCPU, products
@@ -133,6 +134,9 @@ def test_the_precision_of_products_is_restored_whoever_else_computes_them(tiles,
     expected = q.double() @ k.double().mT
     for out in found:
         torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    with FlopCounter() as counter:
+        products(q, k)
+    assert counter.flops == 2 * 2 * 64 * 64 * 16
 
 
 def test_gradients_in_double_precision_are_those_of_differences():

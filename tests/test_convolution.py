@@ -3,9 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks import limits
+from var_exp import onednn
 from var_exp.tokenizer import convolution
 from var_exp.tokenizer.convolution import Conv3x3, convolve_by_rows
+from var_exp.training.machine import FlopCounter
 
 LAST = torch.channels_last
 
@@ -23,14 +27,34 @@ def exact(x, weight, bias):
 
 @pytest.mark.parametrize("size", [(4, 1), (8, 4), (12, 7), (64, 32), (68, 3), (140, 4)], ids=str)
 @pytest.mark.parametrize("channels", [(1, 1), (5, 3), (16, 32)], ids=str)
+@pytest.mark.parametrize("strip", [convolution.STRIP, 64])
+@pytest.mark.parametrize("by_onednn", [True, False])
 @torch.no_grad()
-def test_by_rows_is_the_convolution(channels, size):
+def test_by_rows_is_the_convolution(by_onednn, strip, channels, size, monkeypatch):
+    monkeypatch.setattr(convolution, "STRIP", strip)
+    if not by_onednn:
+        monkeypatch.setattr(onednn, "CONVOLUTION", None)
     x, weight, bias = drawn(3, *channels, *size)
     out, expected = convolve_by_rows(x, weight, bias), exact(x, weight, bias)
     assert out.is_contiguous(memory_format=LAST)
     torch.testing.assert_close(out, expected.float(), atol=3e-5, rtol=1e-5)
     alone = convolve_by_rows(x[1:2], weight, bias)
     assert torch.equal(alone, out[1:2])  # whatever comes with it
+
+
+def test_a_rehearsal_without_numbers_goes_by_rows_too():
+    with FakeTensorMode(), torch.no_grad():
+        x = torch.empty(1, 128, 64, 64).contiguous(memory_format=LAST)
+        assert Conv3x3(128, 128)(x).shape == x.shape
+
+
+@torch.no_grad()
+def test_half_of_the_operations_are_counted():
+    layer, (x, *_) = Conv3x3(128, 160), drawn(1, 128, 1, 64, 64)
+    with FlopCounter() as counter:
+        layer(x)
+    assert counter.flops == 2 * 64 * 64 * 128 * 160 * 9 // 2
+    assert limits.counted(lambda: layer(x))[0] == counter.flops
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""oneDNN's operators that torch keeps for its compiler, without gradients; None where it has none.
+"""oneDNN's operators that torch keeps for its compiler, or None where torch lacks them.
 
-They take weights that are laid out already as the kernels read them, which torch's own functions
-do anew at every call.
+They have no gradients, and take weights that are laid out already as the kernels read them, which
+torch's own functions do anew at every call.
 """
 
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # torch has both libraries or what is here is not taken: a Mac, say, has Apple's own products.
 BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
@@ -26,7 +27,13 @@ HAS_BFLOAT16 = BOTH and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 def laid_out(weight: Tensor) -> Tensor:
     """A weight (O, I), float32 or bfloat16, for `LINEAR` alone."""
-    return weight if LAY_OUT_WEIGHT is None else LAY_OUT_WEIGHT(weight)
+    possible = LAY_OUT_WEIGHT is not None and is_real(weight)
+    return LAY_OUT_WEIGHT(weight) if possible else weight
+
+
+def is_real(weight: Tensor) -> bool:
+    """Whether it has numbers: what a rehearsal puts in its place cannot be laid out."""
+    return not isinstance(weight, FakeTensor)
 
 
 class Convolution:
@@ -41,6 +48,7 @@ class Convolution:
     def __init__(self, kernel: Tensor, size: tuple[int, ...], padding: tuple[int, int] = (0, 0)):
         self.kernel, self.padding = kernel, padding
         possible = HAS_BFLOAT16 if kernel.dtype == torch.bfloat16 else kernel.dtype == torch.float32
+        possible = possible and is_real(kernel)
         self.laid_out = possible and None not in (CONVOLUTION, LAY_OUT_KERNEL)
         if self.laid_out:
             self.kernel = LAY_OUT_KERNEL(kernel, padding, (1, 1), (1, 1), 1, size)

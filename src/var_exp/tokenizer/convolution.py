@@ -16,7 +16,7 @@ from var_exp.onednn import Convolution
 
 WIDE = 128  # channels from which on channels-last and, in it, rows are quicker
 LARGE = 64 * 64  # pixels of a map
-STRIP = 8192  # pixels of each product: what is made of them for a moment stays in the cache
+STRIP = 8192  # pixels of each product, so that what is made of them for a moment is soon read again
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -70,7 +70,7 @@ def convolve_by_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         device=x.device,
         memory_format=torch.channels_last,
     )
-    rows = max(1, STRIP // w)
+    rows = min(max(1, STRIP // w), h // 4)
     size = (1, x.shape[1], rows, w)
     kernels = [Convolution(k.to(x.dtype), size, (0, 1)) for k in kernels_of(weight.float())]
     bias = bias.to(x.dtype)

@@ -38,7 +38,7 @@ def pairs(query, key, *_, out_shape=None, **__) -> int:
     return 2 * prod(query) * key[-2]
 
 
-# What CPUs compute by operators that torch's own table leaves out: of oneDNN, and our own.
+# What CPUs compute by operators that torch's own table leaves out.
 LAYERS = {
     onednn.LINEAR: linear_layer,
     onednn.CONVOLUTION: convolution,

@@ -136,9 +136,9 @@ class AdaLNBlock(Block):
     def forward(self, x: Tensor, vectors: tuple[Tensor, ...], **seen) -> Tensor:
         gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = vectors
         h = modulate(self.norm1(x), scale_attn, shift_attn)
-        x = torch.addcmul(x, gate_attn, self.skip(self.attn(h, **seen)))
+        x = gated(x, gate_attn, self.skip(self.attn(h, **seen)))
         h = modulate(self.norm2(x), scale_mlp, shift_mlp)
-        return torch.addcmul(x, gate_mlp, self.skip(self.mlp(h)))  # (B, n, C)
+        return gated(x, gate_mlp, self.skip(self.mlp(h)))  # (B, n, C)
 
     def init_modulation(self, gate_init: float) -> None:
         scale_gates(self.ada_lin.weight.data.unflatten(0, (6, -1)), gate_init)
@@ -207,6 +207,13 @@ class AdaLNHead(Head):
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
+
+
+def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """x + gate * branch, in one pass where no gradient would keep the branch in x's precision."""
+    if torch.is_grad_enabled():
+        return x + gate * branch
+    return torch.addcmul(x, gate, branch)
 
 
 def scale_gates(six: Tensor, gate_init: float) -> None:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 # Tokens up to which `Products` may keep its weights, which grow with their square.
 MOST_TOKENS = 1024
 
-HAS_TILES = torch.cpu._is_amx_tile_supported()
+HAS_TILES = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 # Held while `products` sets what is the whole process's: a second thread would restore the first's.
 SETTING = threading.Lock()
