@@ -6,19 +6,11 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import limits
+from maps import LAST, drawn
 from var_exp import onednn
 from var_exp.tokenizer import convolution
 from var_exp.tokenizer.convolution import Conv3x3, convolve_by_rows
 from var_exp.training.machine import FlopCounter
-
-LAST = torch.channels_last
-
-
-def drawn(batch, inputs, outputs, height, width, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, inputs, height, width, generator=generator).to(dtype, memory_format=LAST)
-    weight = torch.randn(outputs, inputs, 3, 3, generator=generator) / inputs**0.5
-    return x, weight, torch.randn(outputs, generator=generator)
 
 
 def exact(x, weight, bias):

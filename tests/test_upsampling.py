@@ -4,17 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from maps import LAST, drawn
 from var_exp.tokenizer import upsampling
 from var_exp.tokenizer.upsampling import Upsample, upsample_by_differences
-
-LAST = torch.channels_last
-
-
-def drawn(batch, inputs, outputs, height, width, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, inputs, height, width, generator=generator).to(dtype, memory_format=LAST)
-    weight = torch.randn(outputs, inputs, 3, 3, generator=generator) / inputs**0.5
-    return x, weight, torch.randn(outputs, generator=generator)
 
 
 def exact(x, weight, bias):

@@ -25,6 +25,11 @@ LAY_OUT_KERNEL = operator("_reorder_convolution_weight")
 HAS_BFLOAT16 = BOTH and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def computes(dtype: torch.dtype) -> bool:
+    """Whether the operators compute in it, where there are any."""
+    return HAS_BFLOAT16 if dtype == torch.bfloat16 else dtype == torch.float32
+
+
 def laid_out(weight: Tensor) -> Tensor:
     """A weight (O, I), float32 or bfloat16, for `LINEAR` alone."""
     possible = LAY_OUT_WEIGHT is not None and is_real(weight)
@@ -45,11 +50,10 @@ class Convolution:
         padding: of rows and of columns.
     """
 
-    def __init__(self, kernel: Tensor, size: tuple[int, ...], padding: tuple[int, int] = (0, 0)):
+    def __init__(self, kernel: Tensor, size: tuple[int, ...], padding: tuple[int, int]):
         self.kernel, self.padding = kernel, padding
-        possible = HAS_BFLOAT16 if kernel.dtype == torch.bfloat16 else kernel.dtype == torch.float32
-        possible = possible and is_real(kernel)
-        self.laid_out = possible and None not in (CONVOLUTION, LAY_OUT_KERNEL)
+        possible = None not in (CONVOLUTION, LAY_OUT_KERNEL) and computes(kernel.dtype)
+        self.laid_out = possible and is_real(kernel)
         if self.laid_out:
             self.kernel = LAY_OUT_KERNEL(kernel, padding, (1, 1), (1, 1), 1, size)
 

@@ -32,8 +32,9 @@ class Conv3x3(nn.Conv2d):
         return super().forward(x)
 
     def goes_by_rows(self, x: Tensor) -> bool:
-        large = x.ndim == 4 and x.shape[2] * x.shape[3] >= LARGE and x.shape[2] % 4 == 0
-        return large and saves_products(self, x)
+        if not saves_products(self, x):
+            return False
+        return x.shape[2] * x.shape[3] >= LARGE and x.shape[2] % 4 == 0
 
 
 def saves_products(conv: nn.Conv2d, x: Tensor) -> bool:
@@ -127,15 +128,12 @@ def convolve_strip(
     outs = [out[:, :, i::4][:, :, strip] for i in range(4)]
     even, odd, rows = (torch.empty_like(a, memory_format=torch.channels_last) for _ in range(3))
 
-    def product(i: int, bias: Tensor | None = None) -> Tensor:
-        return kernels[i](rows, bias)
-
     def products(i: int, factor: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Sum and difference of those of even + factor * odd and of even - factor * odd."""
         torch.add(even, odd, alpha=factor, out=rows)
-        plus = product(i, bias)
+        plus = kernels[i](rows, bias)
         torch.sub(even, odd, alpha=factor, out=rows)
-        minus = product(i + 1)
+        minus = kernels[i + 1](rows)
         total = plus + minus
         return total, torch.sub(plus, minus, out=minus)
 
@@ -151,10 +149,10 @@ def convolve_strip(
     torch.sub(d, b, alpha=1.25, out=rows)
     above = every[3][:, :, max(strip.start - 1, 0) : strip.stop - 1]  # nothing above the first row
     rows[:, :, rows.shape[2] - above.shape[2] :].add_(above, alpha=0.25)
-    torch.add(sum_of_ones.add_(sum_of_halves), product(0), out=outs[0])
+    torch.add(sum_of_ones.add_(sum_of_halves), kernels[0](rows), out=outs[0])
 
     torch.mul(a, 0.25, out=rows)
     rows.sub_(c, alpha=1.25)
     below = every[0][:, :, strip.start + 1 : strip.stop + 1]  # nor below the last
     rows[:, :, : below.shape[2]].add_(below)
-    torch.add(ones.add_(halves, alpha=0.125), product(5), out=outs[3])
+    torch.add(ones.add_(halves, alpha=0.125), kernels[5](rows), out=outs[3])

@@ -118,8 +118,7 @@ def onednn_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype 
         dtype, fits = torch.get_autocast_dtype("cpu"), dtypes <= {torch.float32, torch.bfloat16}
     else:
         dtype, fits = x.dtype, len(dtypes) == 1
-    possible = onednn.HAS_BFLOAT16 if dtype == torch.bfloat16 else dtype == torch.float32
-    return dtype if fits and possible else None
+    return dtype if fits and onednn.computes(dtype) else None
 
 
 class OneDNNLinear(torch.autograd.Function):
