@@ -6,7 +6,7 @@ python sample.py ckpt=runs/latest evaluate=true           FID and others, into m
 python sample.py ckpt=runs/latest num_samples=0 export=DIR   the networks in one portable folder
 """
 
-from var_exp.interruption import (
+from var_exp.distributed.signals import (
     Interrupted,
     Interruption,
     forget_trace,
@@ -30,36 +30,28 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from var_exp.allocation import keep_memory
-from var_exp.cli import (
-    Metrics,
-    check_sweep,
-    launch,
-    read_metrics,
-    record_composition,
-    remove_if_empty,
-    report_errors,
-    table,
-    write_metrics,
-)
-from var_exp.compiling import check_compiler
-from var_exp.evaluation import FeatureNetwork, ScoreSettings, protocol
-from var_exp.evaluation.sample_draw import SETTINGS, Drawer, fill, make_plan
-from var_exp.evaluation.sample_scores import beside_expected, scorer_of
-from var_exp.evaluation.sample_set import SampleSet
-from var_exp.lock import locked
-from var_exp.official import MODELS, save_official
-from var_exp.pipeline import VARPipeline
-from var_exp.processes import (
+from var_exp.checkpoint.load import Found, read_networks, read_published
+from var_exp.checkpoint.official import MODELS, save_official
+from var_exp.checkpoint.pipeline import VARPipeline
+from var_exp.distributed.launch import (
     check_meeting_point,
     check_processes,
     check_tasks,
     choose_device,
     joined,
 )
-from var_exp.slurm import requeue
-from var_exp.sources import Found, read_networks, read_published
-from var_exp.wiring import make_network
+from var_exp.distributed.slurm import requeue
+from var_exp.evaluation import FeatureNetwork, ScoreSettings, protocol
+from var_exp.evaluation.samples.draw import SETTINGS, Drawer, fill, make_plan
+from var_exp.evaluation.samples.sample_set import SampleSet
+from var_exp.experiment.build import make_network
+from var_exp.experiment.entry import check_sweep, launch, record_composition, report_errors
+from var_exp.experiment.sample import beside_expected, scorer_of
+from var_exp.io.lock import locked
+from var_exp.io.run_folder import Metrics, read_metrics, remove_if_empty, write_metrics
+from var_exp.io.text import table
+from var_exp.ops.memory import keep_memory
+from var_exp.sampling.compile import check_compiler
 
 EXPORTS = {"export": "portable folder", "export_official": "published files"}
 NUM_SAMPLES = 16  # unless asked otherwise

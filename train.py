@@ -7,7 +7,13 @@ python train.py --cfg job                what would run
 python train.py check=true ...           what is wrong, and what it would take: docs/preflight.md
 """
 
-from var_exp.interruption import Interrupted, Interruption, forget_trace, is_started_first, leave
+from var_exp.distributed.signals import (
+    Interrupted,
+    Interruption,
+    forget_trace,
+    is_started_first,
+    leave,
+)
 
 interruption = Interruption()
 if __name__ == "__main__":
@@ -27,39 +33,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from var_exp.allocation import keep_memory
-from var_exp.cli import (
-    check_sweep,
-    how_to_go_on,
-    launch,
-    parts_from_files,
-    point_latest,
-    read_metrics,
-    record_composition,
-    recorded,
-    report_errors,
-    shown_path,
-    summary,
-    without_parts,
-    write_metrics,
-)
-from var_exp.continuation import changed_code, check_changes, is_begun_anew, mark_begun_anew
 from var_exp.data import ImageDataModule, ImageSource
-from var_exp.data.token_files import forget_codes
+from var_exp.data.tokens.cache import forget_codes
 from var_exp.data.workers import number_of_workers
-from var_exp.environment import environment
+from var_exp.distributed.launch import check_meeting_point
+from var_exp.distributed.slurm import requeue
 from var_exp.evaluation.evaluator import Evaluator
-from var_exp.evaluation.report import write_report
-from var_exp.lock import locked
-from var_exp.preflight import Job, preflight
-from var_exp.processes import check_meeting_point
-from var_exp.slurm import requeue
-from var_exp.tokenizer import VQVAE
-from var_exp.training.encoding import encode_stage
-from var_exp.training.fit import check_share, check_stage, fit_stage, idle_trainer
-from var_exp.training.saving import forget, is_finished, newest_path
-from var_exp.training.stage import StageModule
-from var_exp.wiring import (
+from var_exp.experiment.build import (
     CHOICES,
     check_choices,
     course,
@@ -76,6 +56,30 @@ from var_exp.wiring import (
     plain,
     trained,
 )
+from var_exp.experiment.entry import (
+    check_sweep,
+    how_to_go_on,
+    launch,
+    parts_from_files,
+    record_composition,
+    recorded,
+    report_errors,
+    summary,
+    without_parts,
+)
+from var_exp.experiment.preflight import Job, preflight
+from var_exp.experiment.resume import changed_code, check_changes, is_begun_anew, mark_begun_anew
+from var_exp.io.environment import environment
+from var_exp.io.lock import locked
+from var_exp.io.run_folder import point_latest, read_metrics, write_metrics
+from var_exp.io.text import shown_path
+from var_exp.ops.memory import keep_memory
+from var_exp.report import write_report
+from var_exp.tokenizer import VQVAE
+from var_exp.training.encode import encode_stage
+from var_exp.training.fit import check_share, check_stage, fit_stage, idle_trainer
+from var_exp.training.module import StageModule
+from var_exp.training.resume import forget, is_finished, newest_path
 
 
 def train(cfg: DictConfig, run_dir: Path) -> dict[str, float]:

@@ -28,9 +28,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.harness import markdown, save
-from var_exp import wiring
-from var_exp.cli import CONF
-from var_exp.environment import machine
+from var_exp.experiment import build as wiring
+from var_exp.experiment.config.overrides import CONF
+from var_exp.io.environment import machine
 from var_exp.training.fit import fit_stage
 
 ROOT = Path(__file__).resolve().parents[1]

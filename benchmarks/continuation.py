@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from benchmarks.harness import save
-from var_exp.data.blocks import block_order
 from var_exp.data.sampler import GlobalBatchSampler
-from var_exp.environment import machine
+from var_exp.data.shuffle import block_order
+from var_exp.io.environment import machine
 
 COUNT, BLOCKS, BUFFER, BATCH = 240, 12, 48, 8
 NUM_BATCHES = COUNT // BATCH

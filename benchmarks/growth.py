@@ -29,9 +29,9 @@ from benchmarks.limits import CLOCKS, Stopwatch
 from benchmarks.networks import draw_codes, draw_labels, make_networks, schedule_for
 from benchmarks.sampling import CFG_SCALE, FILTER
 from benchmarks.training import OurTraining
-from var_exp.allocation import keep_memory
-from var_exp.sampling import Samples, decode_in_parts, generate
-from var_exp.transformer.backends import AUTO
+from var_exp.ops.attention import AUTO
+from var_exp.ops.memory import keep_memory
+from var_exp.sampling.generate import Samples, decode_in_parts, generate
 
 SCALES = (3, 5, 7, 10, 13, 16)
 IMAGE_SIZES = (64, 128, 256, 512)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.limits import CLOCKS, PRECISIONS, Limits, Stopwatch, Work, least
-from var_exp.allocation import keep_memory
-from var_exp.environment import machine
+from var_exp.io.environment import machine
+from var_exp.ops.memory import keep_memory
 
 FIRST_ROUNDS = 2  # a training step has all the memory that it keeps after the second
 # Variables of the environment, by their beginnings.

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from var_exp.training.machine import LAYERS, wait_for
-from var_exp.transformer.linear import linear
+from var_exp.ops.linear import linear
+from var_exp.training.callbacks.throughput import LAYERS, wait_for
 
 aten = torch.ops.aten
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

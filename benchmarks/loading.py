@@ -33,11 +33,11 @@ from PIL import Image
 from benchmarks import harness
 from benchmarks.harness import Candidate
 from var_exp.data import ImageDataModule, ImageFolder, Shards
-from var_exp.data.blocks import block_order
 from var_exp.data.encoded import EncodedImages, EncodedSource
 from var_exp.data.hugging_face import HuggingFace
 from var_exp.data.pack import pack
-from var_exp.data.shard_index import ROW, ShardIndex, read_index, write_index
+from var_exp.data.shards.index import ROW, ShardIndex, read_index, write_index
+from var_exp.data.shuffle import block_order
 from var_exp.data.workers import AUTO, number_of_workers
 
 IMAGENET = 1_281_167

@@ -30,12 +30,12 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 
 from benchmarks.harness import markdown, save
-from var_exp import wiring
-from var_exp.cli import CONF
-from var_exp.environment import machine
+from var_exp.experiment import build as wiring
+from var_exp.experiment.config.overrides import CONF
+from var_exp.io.environment import machine
+from var_exp.training.callbacks.throughput import Monitor
 from var_exp.training.fit import fit_stage
-from var_exp.training.monitor import Monitor
-from var_exp.training.stage import StageModule
+from var_exp.training.module import StageModule
 
 STAGES = ("tokenizer", "var")
 DEFAULT = ["logger=all"]

@@ -3,11 +3,11 @@
     python -m benchmarks.memory
 
 Computed, not measured: weights, gradients, averages and moments are counted, and a training step
-is gone through without numbers (`var_exp.preflight`) from images, whose encoding is the moment that
-takes most where blocks are recomputed. It is done for each number of IMAGES; between them memory is
-taken to grow evenly, which is no less than it does. RESERVE is left to what that does not see: the
-allocator's rounding, workspaces, the context. Writes `benchmarks/results/memory.json`, and prints
-the table.
+is gone through without numbers (`var_exp.experiment.preflight`) from images, whose encoding is the
+moment that takes most where blocks are recomputed. It is done for each number of IMAGES; between
+them memory is taken to grow evenly, which is no less than it does. RESERVE is left to what that
+does not see: the allocator's rounding, workspaces, the context. Writes
+`benchmarks/results/memory.json`, and prints the table.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from benchmarks.harness import RESULTS, markdown
-from var_exp.official.sizes import SCHEDULES
-from var_exp.preflight.memory import Devices, Needs, needs_of, ready
+from var_exp.checkpoint.official.sizes import SCHEDULES
+from var_exp.experiment.preflight.resources import Devices, Needs, needs_of, ready
 from var_exp.tokenizer import VQVAE, Codebook, Decoder, Encoder, MultiScaleQuantizer
 from var_exp.training import VARModule
 from var_exp.training.optim import LinearSchedule

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from var_exp.official.sizes import SCHEDULES
+from var_exp.checkpoint.official.sizes import SCHEDULES
 from var_exp.scales import ScaleSchedule
 from var_exp.tokenizer import VQVAE, Codebook, Decoder, Encoder, MultiScaleQuantizer
 from var_exp.transformer import VAR

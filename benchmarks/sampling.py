@@ -27,8 +27,8 @@ from benchmarks.baseline.sampling import PlainSamples
 from benchmarks.harness import Candidate, Unequal, check_close, in_precision, kept
 from benchmarks.limits import PRECISIONS, Work, counted, fewest_bytes
 from benchmarks.networks import draw_labels, make_networks
-from var_exp.compiling import compile_for_sampling
-from var_exp.sampling import Samples, draw_uniforms, evaluating, generate, guided_logits
+from var_exp.sampling.compile import compile_for_sampling
+from var_exp.sampling.generate import Samples, draw_uniforms, evaluating, generate, guided_logits
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
 

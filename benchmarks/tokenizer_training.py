@@ -17,11 +17,11 @@ from benchmarks.baseline import PlainPatchGAN, PlainTokenizer, PlainTokenizerTra
 from benchmarks.harness import Candidate, Unequal, check_close, in_precision, kept
 from benchmarks.limits import Work, counted, fewest_bytes
 from var_exp.tokenizer import VQVAE
-from var_exp.tokenizer.adversary import Adversary
+from var_exp.tokenizer.adversarial_loss import Adversary
 from var_exp.tokenizer.discriminator import PatchGAN
 from var_exp.tokenizer.losses import ReconstructionLoss
+from var_exp.training.fsdp import clip_gradients
 from var_exp.training.optim import param_groups
-from var_exp.training.sharding import clip_gradients
 
 RATES = {"lr": 3e-4, "betas": (0.5, 0.9)}  # vaex, for both networks
 CLIP, WEIGHT = 1.0, 0.4

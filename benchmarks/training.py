@@ -26,15 +26,15 @@ from benchmarks.harness import Candidate, check_close, in_precision, kept
 from benchmarks.limits import Work, counted, fewest_bytes
 from benchmarks.networks import draw_codes, draw_images, draw_labels, make_networks
 from var_exp.data.sampler import GlobalBatchSampler
-from var_exp.data.token_files import ROWS, TokenCache
-from var_exp.data.tokens import TrainCodes
+from var_exp.data.tokens.cache import ROWS, TokenCache
+from var_exp.data.tokens.dataset import TrainCodes
+from var_exp.ops.attention import AUTO, BACKENDS
 from var_exp.scales import ScaleSchedule
 from var_exp.tokenizer import VQVAE
+from var_exp.training.fsdp import clip_gradients
 from var_exp.training.optim import param_groups
-from var_exp.training.sharding import clip_gradients
 from var_exp.training.var_module import token_losses
 from var_exp.transformer import VAR
-from var_exp.transformer.backends import AUTO, BACKENDS
 from var_exp.transformer.var import Computing, call_block
 
 RATES = {"lr": 1e-4, "weight_decay": 0.05, "betas": (0.9, 0.95)}  # as published

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from command import TINY, Finished, run_for_real
-from published import tokenizer_state, transformer_state
-from tiny import tiny_tokenizer, tiny_transformer
+from helpers.command import TINY, Finished, run_for_real
+from helpers.published import tokenizer_state, transformer_state
+from helpers.tiny import tiny_tokenizer, tiny_transformer
 from var_exp.data import Digits
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR

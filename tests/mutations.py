@@ -40,12 +40,12 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from command import ROOT, TINY, files, run_for_real
-from mutant_files import checkpoints, pictures, records, references, tokens
-from mutant_files import prepare as prepare_files
-from mutants import Mutant, configurations
-from var_exp.cli import first_cause
-from var_exp.environment import machine
+from helpers.command import ROOT, TINY, files, run_for_real
+from helpers.mutant_files import checkpoints, pictures, records, references, tokens
+from helpers.mutant_files import prepare as prepare_files
+from helpers.mutants import Mutant, configurations
+from var_exp.experiment.errors import first_cause
+from var_exp.io.environment import machine
 
 LIMIT = 60  # seconds; the machine may be busy with other things
 MEMORY = 12 * 2**30  # bytes of address space: what is too large must not fill the machine
@@ -179,7 +179,7 @@ def start_worker() -> None:
 
 def hurry() -> None:
     """The classifier of the evaluation need not be good."""
-    import var_exp.evaluation.classifier as classifier
+    import var_exp.evaluation.networks.classifier as classifier
 
     classifier.NUM_STEPS = 3
 

@@ -23,12 +23,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from damage import spoil
-from programs import Program, csv_rows
-from stages import Interrupt, run, weights
+from helpers.damage import spoil
+from helpers.programs import Program, csv_rows
+from helpers.stages import Interrupt, run, weights
 from var_exp.data.digits import Digits
-from var_exp.environment import machine
-from var_exp.training.saving import LAST, PREVIOUS
+from var_exp.io.environment import machine
+from var_exp.training.resume import LAST, PREVIOUS
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("tokenizer", "var")

@@ -1,6 +1,7 @@
-"""Who may import whom, and what no file may do: read from the sources, without running them."""
+"""Which package may import which, and what no file may do: read from the sources alone."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,63 +10,45 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "var_exp"
 SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
 SOURCES = sorted(PACKAGE.rglob("*.py")) + SCRIPTS
-TESTS = sorted((ROOT / "tests").glob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
-NETWORKS = {"scales", "spec", "tokenizer", "transformer"}
-FILES = {"files"}  # how files are written and read
-RANKS = {"ranks"}
-SIGNALS = {"interruption"}
-
-# room: the rooms of ours that it may import, besides itself.
+# Package: what it may import of ours, besides itself; a dotted name is one module.
+GROUND = {"io", "distributed"}
+NETWORKS = {"scales", "configurable", "ops", "tokenizer", "transformer"}
 MAY_IMPORT = {
     "__init__": set(),
     "scales": set(),
-    "spec": set(),
-    "files": set(),
-    "environment": set(),
-    "allocation": set(),
-    "ranks": set(),
-    "interruption": set(),
-    "processes": SIGNALS,
-    "onednn": set(),
-    "tokenizer": {"scales", "spec", "onednn"} | RANKS,
-    "transformer": {"scales", "spec", "onednn"},
-    "api": NETWORKS | {"sampling"},
+    "configurable": set(),
+    "io": set(),
+    "distributed": set(),
+    "ops": {"scales"},
+    "tokenizer": {"scales", "configurable", "ops", "io", "distributed.collectives"},
+    "transformer": {"scales", "configurable", "ops", "io", "distributed.collectives"},
     "sampling": NETWORKS,
-    "compiling": {"tokenizer", "transformer"},
-    "checkpoint": NETWORKS | FILES,
-    "official": NETWORKS | FILES | {"sampling"},
-    "pipeline": NETWORKS | FILES | {"sampling", "checkpoint", "compiling"},
-    "sources": NETWORKS | FILES | {"checkpoint", "official", "pipeline"},
-    "transfer": NETWORKS | SIGNALS | {"sources"},
-    "data": {"scales"} | FILES | SIGNALS,
-    "evaluation": NETWORKS | FILES | RANKS | {"sampling", "checkpoint"},
+    "api": NETWORKS | {"sampling"},
+    "data": {"scales"} | GROUND,
+    "visualization": {"io"},
+    "report": {"visualization", "io"},
+    "checkpoint": NETWORKS | {"sampling"} | GROUND,
+    "evaluation": NETWORKS | {"sampling", "visualization"} | GROUND,
     "training": NETWORKS
-    | FILES
-    | RANKS
-    | SIGNALS
-    | {"sampling", "checkpoint", "data", "evaluation", "onednn"},
-    "lock": set(),
-    "slurm": SIGNALS,
-    "search": SIGNALS | {"cli", "lock", "search_space", "slurm"},
-    "search_space": set(),
-    "continuation": {"processes"},
-    "wiring": NETWORKS
-    | {"data", "evaluation", "options", "processes", "sampling", "sources", "training", "transfer"},
-    "preflight": NETWORKS | FILES | SIGNALS | {"data", "training", "cli"},
-    "options": set(),
-    "cli": FILES | SIGNALS | RANKS | {"environment", "options", "processes", "slurm"},
+    | {"sampling", "visualization", "report", "data", "checkpoint", "evaluation"}
+    | GROUND,
+    "experiment": NETWORKS
+    | {"sampling", "visualization", "report", "data", "checkpoint", "evaluation", "training"}
+    | GROUND,
 }
 
-# Libraries that only some rooms may know.
+# Libraries that only some packages may import.
 ONLY_IN = {
-    "lightning": {"training", "data", "processes"},
+    "lightning": {"training", "data", "distributed"},
     "pytorch_lightning": set(),
-    "hydra": {"cli", "options", "search_space", "wiring"},
-    "omegaconf": {"cli", "options", "wiring"},
+    "hydra": {"experiment"},
+    "omegaconf": {"experiment"},
     "wandb": {"training"},
     "wandb_workspaces": {"training"},
-    "huggingface_hub": {"official"},
+    "optuna": {"experiment"},
+    "huggingface_hub": {"checkpoint"},
     "datasets": {"data"},
     "pyarrow": {"data"},
     "fsspec": {"data"},
@@ -76,7 +59,7 @@ each_source = pytest.mark.parametrize(
 )
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -96,31 +79,64 @@ def imports(path: Path) -> list[str]:
     return names
 
 
-def our_rooms(path: Path) -> set[str]:
-    ours = [name.split(".") for name in imports(path) if name.split(".")[0] == "var_exp"]
-    assert all(len(parts) > 1 for parts in ours), f"{path}: imports the whole package"
-    return {parts[1] for parts in ours}
+def our_imports(path: Path) -> list[str]:
+    """The same of our package, without its name."""
+    ours = [name.removeprefix("var_exp.") for name in imports(path) if name.startswith("var_exp.")]
+    assert "var_exp" not in imports(path), f"{path}: imports the whole package"
+    return ours
+
+
+def is_allowed(name: str, allowed: set[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in allowed)
 
 
 @each_source
-def test_a_room_imports_only_the_rooms_it_may(path):
+def test_a_package_imports_only_what_the_table_allows(path):
     if path in SCRIPTS:
-        assert our_rooms(path) <= set(MAY_IMPORT)
         return
-    room = room_of(path)
-    assert our_rooms(path) <= MAY_IMPORT[room] | {room}
+    package = package_of(path)
+    allowed = MAY_IMPORT[package] | {package}
+    assert not [name for name in our_imports(path) if not is_allowed(name, allowed)]
 
 
-def test_every_room_of_the_package_is_in_the_table_and_exists():
-    assert {room_of(path) for path in PACKAGE.rglob("*.py")} == set(MAY_IMPORT)
+def test_every_package_is_in_the_table_and_exists():
+    assert {package_of(path) for path in PACKAGE.rglob("*.py")} == set(MAY_IMPORT)
+
+
+def file_of(name: str) -> Path | None:
+    """The file that an imported name is read from: a module, or what defines the name."""
+    while name:
+        path = PACKAGE.joinpath(*name.split("."))
+        for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+            if candidate.is_file():
+                return candidate
+        name = name.rpartition(".")[0]
+    return None
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """A package's `__init__.py` only passes names on, so it counts as the files it imports."""
+    graph = {
+        path: {file_of(name) for name in our_imports(path)} - {path, None}
+        for path in PACKAGE.rglob("*.py")
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        circle = [str(path.relative_to(PACKAGE)) for path in error.args[1]]
+        raise AssertionError(f"a circle: {' -> '.join(circle)}") from None
+
+
+def test_no_import_hides_from_the_interpreter():
+    assert not [path for path in SOURCES if "TYPE_CHECKING" in path.read_text()]
 
 
 @each_source
-def test_libraries_stay_in_their_rooms(path):
+def test_libraries_stay_in_their_packages(path):
     libraries = {name.split(".")[0] for name in imports(path)}
-    room = "cli" if path in SCRIPTS else room_of(path)
-    for library, rooms in ONLY_IN.items():
-        assert library not in libraries or room in rooms, f"{library} in {path}"
+    package = "experiment" if path in SCRIPTS else package_of(path)
+    for library, packages in ONLY_IN.items():
+        assert library not in libraries or package in packages, f"{library} in {path}"
 
 
 @each_source

@@ -5,13 +5,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from stages import NUM_BATCHES, assert_equal, run, weights
-from test_dino import published_state
-from var_exp.tokenizer.adversary import Adversary
+from helpers.stages import NUM_BATCHES, assert_equal, run, weights
+from tests.tokenizer.test_dino import published_state
+from var_exp.io.pretrained import Frozen
+from var_exp.tokenizer.adversarial_loss import Adversary
 from var_exp.tokenizer.discriminator import DinoDiscriminator, PatchGAN
-from var_exp.tokenizer.frozen import Frozen
 from var_exp.tokenizer.losses import ReconstructionLoss
-from var_exp.tokenizer.perceptual import DEPTHS, Distance
+from var_exp.tokenizer.lpips import DEPTHS, Distance
 from var_exp.training import TokenizerModule
 
 SETS_IN = 4  # the number of the first batch with an adversary, counted from 1

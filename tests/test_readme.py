@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from command import QUICK, ROOT, Finished, run
+from helpers.command import QUICK, ROOT, Finished, run
 
 README = (ROOT / "README.md").read_text()
 # A single batch of each stage; no command of the README may fail however small it is.
@@ -48,7 +48,7 @@ def workplace(trained, tmp_path, monkeypatch) -> Path:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "latest").symlink_to(trained)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("var_exp.evaluation.classifier.NUM_STEPS", 3)
+    monkeypatch.setattr("var_exp.evaluation.networks.classifier.NUM_STEPS", 3)
     return tmp_path
 
 

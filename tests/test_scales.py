@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tiny import ODD_SCALES, SCALES
+from helpers.tiny import ODD_SCALES, SCALES
 from var_exp.scales import ScaleSchedule, total_tokens
 
 PUBLISHED = {

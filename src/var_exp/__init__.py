@@ -1,7 +1,7 @@
 """var-exp: train, sample and measure visual autoregressive models (next-scale prediction).
 
-What is public is imported when it is first used, so that `var_exp.interruption` can be imported
-before anything slow.
+Public names are imported when they are first used, so that `var_exp.distributed.signals` can be
+imported before anything slow.
 """
 
 import importlib
@@ -9,16 +9,16 @@ from typing import Any
 
 _PLACES = {
     "ScaleSchedule": "scales",
-    "VARPipeline": "pipeline",
+    "VARPipeline": "checkpoint.pipeline",
     "build": "api",
     "build_tokenizer": "api",
     "generate": "sampling",
-    "keep_memory": "allocation",
-    "load_official": "official",
+    "keep_memory": "ops.memory",
+    "load_official": "checkpoint.official",
     "next_scale_prediction": "api",
-    "official_state_dict": "official",
+    "official_state_dict": "checkpoint.official",
     "recommended_defaults": "api",
-    "save_official": "official",
+    "save_official": "checkpoint.official",
     "total_tokens": "scales",
 }
 

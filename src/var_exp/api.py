@@ -12,7 +12,7 @@ from inspect import signature
 import torch
 from torch import Tensor, nn
 
-from var_exp.sampling import check_fit
+from var_exp.sampling.generate import check_fit
 from var_exp.scales import ScaleSchedule, Side
 from var_exp.tokenizer import VQVAE, Decoder, EMACodebook, Encoder, MultiScaleQuantizer
 from var_exp.transformer import VAR

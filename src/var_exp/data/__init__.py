@@ -5,9 +5,9 @@ from var_exp.data.digits import Digits
 from var_exp.data.image_folder import ImageFolder
 from var_exp.data.sampler import GlobalBatchSampler
 from var_exp.data.shapes import Shapes
-from var_exp.data.shards import Shards
+from var_exp.data.shards.dataset import Shards
 from var_exp.data.source import Batch, CodeBatch, ImageSource
-from var_exp.data.token_files import TokenCache
+from var_exp.data.tokens.cache import TokenCache
 from var_exp.data.torchvision_sets import CIFAR10, MNIST
 
 __all__ = [

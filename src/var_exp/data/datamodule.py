@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from var_exp.data.sampler import GlobalBatchSampler
 from var_exp.data.source import Batch, CodeBatch, ImageSource, RawImage, rng_for
-from var_exp.data.token_files import TokenCache
-from var_exp.data.tokens import TrainCodes, ValCodes
+from var_exp.data.tokens.cache import TokenCache
+from var_exp.data.tokens.dataset import TrainCodes, ValCodes
 from var_exp.data.workers import AUTO, check_loading, number_of_workers
-from var_exp.interruption import ignore_signals
+from var_exp.distributed.signals import ignore_signals
 
 
 class ImageDataModule(L.LightningDataModule):

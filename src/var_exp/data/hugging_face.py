@@ -18,14 +18,9 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from var_exp.data.blocks import block_order, check_order
 from var_exp.data.encoded import EncodedImages, EncodedSource
-from var_exp.data.parquet_images import (
-    ParquetImages,
-    decode_struct,
-    open_parquet,
-    read_row_groups,
-)
+from var_exp.data.parquet_images import ParquetImages, decode_struct, open_parquet, read_row_groups
+from var_exp.data.shuffle import block_order, check_order
 
 
 class HuggingFace(EncodedSource):

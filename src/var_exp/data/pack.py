@@ -20,8 +20,7 @@ import numpy as np
 
 from var_exp.data.encoded import ON_BAD_IMAGE, decode
 from var_exp.data.image_folder import ImageFolder
-from var_exp.data.parallel import Count, each
-from var_exp.data.shard_index import (
+from var_exp.data.shards.index import (
     CLASSES,
     Scanned,
     find_shards,
@@ -30,8 +29,9 @@ from var_exp.data.shard_index import (
     scan_shard,
     write_index,
 )
-from var_exp.data.shard_writer import BadImages, begin, plan, write_shard
-from var_exp.files import replacing
+from var_exp.data.shards.parallel import Count, each
+from var_exp.data.shards.writer import BadImages, begin, plan, write_shard
+from var_exp.io.files import replacing
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 

@@ -1,15 +1,13 @@
 """Judging images: feature networks, scores, pictures."""
 
-from var_exp.evaluation.classifier import ClassifierFeatures, train_classifier, train_or_load
-from var_exp.evaluation.features import FeatureNetwork, Features
-from var_exp.evaluation.fidelity import (
-    FeatureBank,
-    ScoreSettings,
-    class_accuracy,
-    scores,
-    too_few,
+from var_exp.evaluation.metrics import ScoreSettings, class_accuracy, scores, too_few
+from var_exp.evaluation.networks.base import FeatureBank, FeatureNetwork, Features
+from var_exp.evaluation.networks.classifier import (
+    ClassifierFeatures,
+    train_classifier,
+    train_or_load,
 )
-from var_exp.evaluation.pictures import (
+from var_exp.visualization.images import (
     class_grid,
     coarse_to_fine,
     grid,

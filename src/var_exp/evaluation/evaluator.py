@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from var_exp.distributed.collectives import common_batches, is_first, share
 from var_exp.evaluation import protocol
-from var_exp.evaluation.drawing import MAX_ROWS, Drawing, device_of, load, rebuild
-from var_exp.evaluation.features import FeatureNetwork, Features
-from var_exp.evaluation.fidelity import FeatureBank, ScoreSettings, scores
+from var_exp.evaluation.metrics import ScoreSettings, scores
 from var_exp.evaluation.neighbours import nearest, neighbours_picture
-from var_exp.evaluation.pictures import save_png
+from var_exp.evaluation.networks.base import FeatureBank, FeatureNetwork, Features
 from var_exp.evaluation.reference import Reference, reference_from_file, reference_of
+from var_exp.evaluation.samples.draw import MAX_ROWS, Drawing, device_of, load, rebuild
 from var_exp.evaluation.scorer import NUM_HELD_OUT, SampleScorer, judge_of, scores_against
-from var_exp.files import replacing
-from var_exp.ranks import common_batches, is_first, share
-from var_exp.sampling import round_up
+from var_exp.io.files import replacing
+from var_exp.sampling.generate import round_up
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
+from var_exp.visualization.images import save_png
 
 NUM_NEIGHBOURS = 5  # training images beside each sample
 PRECISION = "32-true"  # of all networks while they are measured here
@@ -42,7 +42,7 @@ class Evaluator(Drawing):
     Args:
         source: a `var_exp.data.ImageSource` that has been set up.
         network: the features in which samples are compared with real images.
-        settings: how samples are drawn; arguments of `var_exp.sampling.generate`.
+        settings: how samples are drawn; arguments of `var_exp.sampling.generate.generate`.
         num_samples: how many the final scores are measured on.
         num_samples_per_scale: how many of them are scored after each scale too.
         batch_size: samples at once.

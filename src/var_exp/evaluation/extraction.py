@@ -14,9 +14,8 @@ from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics
 from tqdm import tqdm
 
-from var_exp.evaluation.features import FeatureNetwork, Features
-from var_exp.evaluation.fidelity import FeatureBank
-from var_exp.ranks import is_first, rank, world_size
+from var_exp.distributed.collectives import is_first, rank, world_size
+from var_exp.evaluation.networks.base import FeatureBank, FeatureNetwork, Features
 
 SEED = 0  # of the choice of images, where there are more than are asked for
 

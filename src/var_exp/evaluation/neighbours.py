@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from var_exp.evaluation.pictures import captioned
+from var_exp.visualization.images import captioned
 
 ROWS = 1000  #  samples whose distances are held at once,
 COLUMNS = 4096  # to so many reference images

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from var_exp.evaluation.features import FeatureNetwork
-from var_exp.evaluation.fidelity import ScoreSettings
+from var_exp.evaluation.metrics import ScoreSettings
+from var_exp.evaluation.networks.base import FeatureNetwork
 from var_exp.evaluation.reference import Reference
-from var_exp.sampling import guidance_weight
+from var_exp.sampling.generate import guidance_weight
 from var_exp.scales import ScaleSchedule
 
 LIBRARIES = ("torch", "torch-fidelity", "torchmetrics")

@@ -18,17 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from var_exp.distributed.collectives import barrier, is_distributed, is_first
 from var_exp.evaluation.extraction import draw, features_of, seen_by, statistics_of
-from var_exp.evaluation.features import FeatureNetwork
-from var_exp.evaluation.npz import NpzError
-from var_exp.evaluation.pictures import to_uint8
+from var_exp.evaluation.networks.base import FeatureNetwork
 from var_exp.evaluation.reference_file import (
     Reference,
     load_reference,
     reference_from_file,
     save_reference,
 )
-from var_exp.ranks import barrier, is_distributed, is_first
+from var_exp.io.npz import NpzError
+from var_exp.visualization.images import to_uint8
 
 __all__ = [
     "Reference",

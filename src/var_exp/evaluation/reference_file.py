@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from var_exp.evaluation import npz
 from var_exp.evaluation.extraction import draw, features_of, seen_by, statistics_of
-from var_exp.evaluation.features import FeatureNetwork
-from var_exp.evaluation.npz import NpzError
-from var_exp.files import replacing
+from var_exp.evaluation.networks.base import FeatureNetwork
+from var_exp.io import npz
+from var_exp.io.files import replacing
+from var_exp.io.npz import NpzError
 
 EXPECTED = "expected an .npz with mu and sigma, or with images arr_0, or none for the data set's"
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from var_exp.evaluation.features import FeatureNetwork, Features
-from var_exp.evaluation.fidelity import ALL, FeatureBank, Judge, ScoreSettings, scores
+from var_exp.evaluation.metrics import ALL, Judge, ScoreSettings, scores
 from var_exp.evaluation.neighbours import neighbour_ratio
+from var_exp.evaluation.networks.base import FeatureBank, FeatureNetwork, Features
 from var_exp.evaluation.reference import Reference
-from var_exp.sampling import Samples, decode_by_rows
+from var_exp.sampling.generate import Samples, decode_by_rows
 from var_exp.scales import ScaleSchedule
 from var_exp.tokenizer import VQVAE
 

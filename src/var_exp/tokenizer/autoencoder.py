@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var_exp.spec import recorded
-from var_exp.tokenizer.convolution import WIDE, Conv3x3
-from var_exp.tokenizer.upsampling import Upsample
+from var_exp.configurable import recorded
+from var_exp.ops.convolution import WIDE, Conv3x3
+from var_exp.ops.upsampling import Upsample
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var_exp.ranks import from_first, own_part, sum_over_ranks
-from var_exp.spec import recorded
+from var_exp.configurable import recorded
+from var_exp.distributed.collectives import from_first, own_part, sum_over_ranks
 
 # Where codes start -> steps of k-means after starting at vectors of the data; None: no start.
 STARTS = {"none": None, "data": 0, "kmeans": 10}

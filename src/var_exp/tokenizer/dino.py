@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from var_exp.tokenizer.frozen import Published, State, as_rgb, fill
+from var_exp.io.pretrained import Published, State, as_rgb, fill
 from var_exp.tokenizer.resize import area_matrix, bicubic_matrix
 
 KEY = "adversary.discriminator"

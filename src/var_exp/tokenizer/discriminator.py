@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
+from var_exp.io.pretrained import Frozen, as_rgb, load
 from var_exp.tokenizer.autoencoder import group_norm
 from var_exp.tokenizer.dino import DINO, KEY, DinoFeatures, assemble_transformer
-from var_exp.tokenizer.frozen import Frozen, as_rgb, load
 
 SLOPE = 0.2  # of leaky ReLUs
 NUM_SQUARINGS = 5  # as good as 32 power iterations

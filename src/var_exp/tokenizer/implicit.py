@@ -23,14 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from var_exp.spec import recorded
-from var_exp.tokenizer.codebook import (
-    BaseCodebook,
-    Entropies,
-    check_start,
-    entropies,
-    finite,
-)
+from var_exp.configurable import recorded
+from var_exp.tokenizer.codebook import BaseCodebook, Entropies, check_start, entropies, finite
 
 MAX_VOCAB = 2**16
 

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var_exp.ranks import of_whole_batch
+from var_exp.configurable import recorded
+from var_exp.distributed.collectives import of_whole_batch
 from var_exp.scales import ScaleSchedule, Side
-from var_exp.spec import recorded
 from var_exp.tokenizer.codebook import BaseCodebook
 from var_exp.tokenizer.resize import Resize, assign_phis
 

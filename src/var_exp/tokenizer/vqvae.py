@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from var_exp.configurable import recorded
+from var_exp.ops.convolution import Conv3x3
 from var_exp.scales import ScaleSchedule
-from var_exp.spec import recorded
 from var_exp.tokenizer.autoencoder import Decoder, Encoder
-from var_exp.tokenizer.convolution import Conv3x3
 from var_exp.tokenizer.quantizer import MultiScaleQuantizer
 
 

@@ -12,15 +12,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from var_exp.data import ImageDataModule
-from var_exp.interruption import Interruption, is_started_first
-from var_exp.training.bars import progress_bar
-from var_exp.training.loggers import Guarded
-from var_exp.training.monitor import Monitor
-from var_exp.training.progress import BatchProgress
-from var_exp.training.saving import (
-    Checkpoints,
+from var_exp.distributed.signals import Interruption, is_started_first
+from var_exp.training.callbacks.batch_counter import BatchProgress
+from var_exp.training.callbacks.checkpointing import Checkpoints, SealedFiles
+from var_exp.training.callbacks.progress_bar import progress_bar
+from var_exp.training.callbacks.throughput import Monitor
+from var_exp.training.loggers.guarded import Guarded
+from var_exp.training.module import StageModule
+from var_exp.training.resume import (
     Found,
-    SealedFiles,
     best_or_newest,
     earlier,
     forget,
@@ -28,7 +28,6 @@ from var_exp.training.saving import (
     progress_in,
     provide_best,
 )
-from var_exp.training.stage import StageModule
 
 UNFIT_ADVICE = (
     "does not have many workers",  # images in memory need none
@@ -86,7 +85,7 @@ def fit_stage(
         seed: with the batch number and rank decides every random draw.
         loggers: each called with `save_dir` and `version`. None of them ends a run by failing.
         config: of the whole run, as plain data: told to the loggers.
-        resume: what to go on from, see `var_exp.training.saving.earlier`.
+        resume: what to go on from, see `var_exp.training.resume.earlier`.
         save_every: batches between checkpoints besides those at validations.
         views: how many each training image has, "all" where every epoch has its own.
         interruption: the signals of this process; None where nobody minds them.

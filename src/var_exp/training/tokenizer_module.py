@@ -16,10 +16,10 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from var_exp.data import Batch
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.tokenizer import VQVAE
-from var_exp.tokenizer.adversary import Adversary
+from var_exp.tokenizer.adversarial_loss import Adversary
 from var_exp.tokenizer.losses import ReconstructionLoss, psnr
+from var_exp.training.module import MakeOptimizer, StageModule, as_list
 from var_exp.training.optim import param_groups
-from var_exp.training.stage import MakeOptimizer, StageModule, as_list
 
 PARTS = {
     "encoder": ("encoder", "quant_conv"),

@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_exp.data import Batch, CodeBatch
+from var_exp.distributed.collectives import from_first, own_part, world_size
 from var_exp.evaluation.evaluator import Evaluator
-from var_exp.ranks import from_first, own_part, world_size
-from var_exp.sampling import check_fit
+from var_exp.ops.attention import AUTO, check_backend, chosen_backend
+from var_exp.sampling.generate import check_fit
 from var_exp.tokenizer import VQVAE
+from var_exp.training.module import MakeOptimizer, StageModule
 from var_exp.training.progressive import ProgressiveScales, ScalesInTraining
 from var_exp.training.scaling_law import against_law
-from var_exp.training.stage import MakeOptimizer, StageModule
 from var_exp.transformer import VAR
-from var_exp.transformer.backends import AUTO, check_backend, chosen_backend
 from var_exp.transformer.var import Computing, call_block
 
 
@@ -52,7 +52,7 @@ class VARModule(StageModule):
         progressive: trains the first scales first; None trains all of them from the start.
         scaling_law: log the loss against the paper's scaling law, which holds for the
             published tokenizer on ImageNet.
-        attention: how training attends, see `var_exp.transformer.backends`.
+        attention: how training attends, see `var_exp.ops.attention`.
         recompute: see `var_exp.transformer.var.Computing`.
         compile: compile the blocks, for which the first batch takes much longer.
         others: see `StageModule`.

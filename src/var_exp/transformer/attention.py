@@ -14,16 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var_exp import onednn
-from var_exp.transformer import segments
-from var_exp.transformer.backends import Attend
-from var_exp.transformer.linear import Linear, linear
-from var_exp.transformer.qk_norm import unit_vectors
+from var_exp.ops.attention import Attend
+from var_exp.ops.attention_cpu import attend_by_products, by_products
+from var_exp.ops.linear import Linear, linear
+from var_exp.ops.qk_norm import unit_vectors
 from var_exp.transformer.rope import rotate
-
-# Of attention by products: from how many tokens of a scale it pays, about how many weights are made
-# at a time, so that they stay in the processor's cache, and up to how many of one head.
-MANY, WEIGHTS, MOST_OF_A_HEAD = 64, 750_000, 2**21
 
 
 class KVCache:
@@ -77,27 +72,6 @@ class CachedAttention(NamedTuple):
         if dropout == 0 and by_products(q, end):
             return attend_by_products(q, keys, values, scale)
         return F.scaled_dot_product_attention(q, keys, values, dropout_p=dropout, scale=scale)
-
-
-def by_products(q: Tensor, end: int) -> bool:
-    """Whether `Products` are quicker, as they are where a processor multiplies bfloat16 by vectors.
-
-    With tiles it was not measured.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    if not onednn.HAS_BFLOAT16 or segments.HAS_TILES:
-        return False
-    fits = q.shape[2] >= MANY and q.shape[2] * end <= MOST_OF_A_HEAD
-    return fits and q.device.type == "cpu" and q.dtype == torch.bfloat16
-
-
-def attend_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """A few heads at a time: q (B, H, n, E), k and v (B, H, m, E) -> (B, H, n, E)."""
-    few = max(1, WEIGHTS // (q.shape[2] * k.shape[2]))
-    parts = zip(*(heads.flatten(0, 1).split(few) for heads in (q, k, v)), strict=True)
-    out = torch.cat([segments.Products.forward(*part, scale)[0] for part in parts])
-    return out.unflatten(0, q.shape[:2])
 
 
 class SelfAttention(nn.Module):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var_exp.transformer.linear import Linear, linear_gelu
+from var_exp.ops.linear import Linear, linear_gelu
 
 NORM_EPS = 1e-6
 

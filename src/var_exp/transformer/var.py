@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from var_exp.configurable import recorded
+from var_exp.ops.attention import AUTO, Attend, attend_whole
+from var_exp.ops.linear import Linear
 from var_exp.scales import ScaleSchedule, Side
-from var_exp.spec import recorded
 from var_exp.transformer.attention import KVCache, SelfAttention
-from var_exp.transformer.backends import AUTO, Attend, attend_whole
 from var_exp.transformer.block import (
     MLP,
     AdaLNBlock,
@@ -29,7 +30,6 @@ from var_exp.transformer.block import (
     SharedAdaLNBlock,
     SwiGLU,
 )
-from var_exp.transformer.linear import Linear
 from var_exp.transformer.rope import rotation_of
 
 BLOCKS = {

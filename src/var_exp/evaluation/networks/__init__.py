@@ -1,0 +1,1 @@
+"""The networks in whose features images are compared."""

@@ -1,0 +1,1 @@
+"""From a Hydra configuration to a run: the only package that knows Hydra."""

@@ -1,0 +1,7 @@
+"""The check before a big job (`python train.py check=true`); see docs/preflight.md."""
+
+from var_exp.experiment.preflight.check import preflight
+from var_exp.experiment.preflight.job import Job
+from var_exp.experiment.preflight.report import Findings
+
+__all__ = ["Findings", "Job", "preflight"]

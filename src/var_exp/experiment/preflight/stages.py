@@ -1,0 +1,150 @@
+"""The check of networks and stages: they are built without memory, and measured."""
+
+from collections.abc import Collection
+from types import SimpleNamespace
+
+from torch import nn
+
+from var_exp.data import ImageDataModule, ImageSource
+from var_exp.experiment.preflight.job import Job
+from var_exp.experiment.preflight.report import Findings, course_rows, memory_rows, network_rows
+from var_exp.experiment.preflight.resources import (
+    Devices,
+    Needs,
+    check_writable,
+    device_memory,
+    free_bytes,
+    needs_of,
+    parameters_of,
+    ready,
+)
+from var_exp.io.text import amount, table
+from var_exp.tokenizer import VQVAE
+from var_exp.training.module import StageModule
+
+NETWORKS = {"tokenizer": ("tokenizer",), "var": ("tokenizer", "transformer")}  # of each stage
+FULL = 0.9  # share of a device's memory from which on there is a warning
+
+
+def check_stages(
+    job: Job, source: ImageSource, devices: Devices, failed: Collection[str], found: Findings
+) -> dict[str, Needs]:
+    """Build, check and measure all stages that can be, and print what they take.
+
+    Args:
+        source: set up, if it could be.
+        failed: parts that are read from files and could not be.
+    """
+    networks, needs = build_networks(job, source, found), {}
+    for stage in job.stages:
+        if stage == "tokens" and "tokenizer" in networks and source.train is not None:
+            found.attempt(check_tokens, job, source, networks["tokenizer"], found)
+        if not set(NETWORKS.get(stage, ("unknown",))) <= set(networks):
+            continue  # the reason was noted
+        chosen = {name: networks[name] for name in NETWORKS[stage]}
+        module = found.attempt(job.module, stage, chosen, failed)
+        if module is not None:
+            needs[stage] = check_stage(job, source, devices, module, found)
+    return {stage: value for stage, value in needs.items() if value is not None}
+
+
+def build_networks(job: Job, source: ImageSource, found: Findings) -> dict[str, nn.Module]:
+    """Those that can be built, on the meta device."""
+    tokenizer = found.attempt(job.tokenizer, source)
+    if tokenizer is None:
+        tokenizer = found.attempt(job.new_tokenizer, source)
+    if tokenizer is None or tokenizer.image_size != source.image_size:
+        return {}  # the reason was noted
+    tokenizer.to("meta").fingerprint = lambda: "none"  # there is nothing to take one of
+    networks = {"tokenizer": tokenizer}
+    if "var" in job.stages:
+        networks["transformer"] = found.attempt(job.transformer, source, tokenizer)
+    return {name: network for name, network in networks.items() if network is not None}
+
+
+def check_stage(
+    job: Job, source: ImageSource, devices: Devices, module: StageModule, found: Findings
+) -> Needs | None:
+    """One stage, and the table of what it takes; None where its batches are wrong."""
+    num_images = None if source.train is None else len(source.train)
+    # Without images the lengths of a course in epochs are meaningless, and all else is as it is.
+    images = source if num_images else SimpleNamespace(train=range(1), varies=False)
+    course = found.attempt(job.course, module.stage, images)
+    if course is None:
+        return None
+    found.attempt(job.check_stage, module, **course)
+    if num_images and course["batch_size"] > num_images:
+        found.warn(
+            f"model.{module.stage}: a batch of {course['batch_size']:,} has some of the "
+            f"{num_images:,} images more than once (model.{module.stage}.batch_size)"
+        )
+    if not divides(course["batch_size"], devices, module.stage, found):
+        return None
+    trained = ready(module)
+    rows = network_rows(parameters_of(trained))
+    rows |= course_rows(course, devices, module.micro_batch, num_images)
+    needs = found.attempt(
+        needs_of,
+        trained,
+        image_shape=(source.channels, *source.image_size),
+        share=course["batch_size"] // devices.total,
+        num_batches=course["num_batches"],
+        samples=job.samples,
+        precision=job.trainer["precision"],
+        accelerator=job.trainer["accelerator"],
+    )
+    if needs is not None:
+        needs = needs.shared(devices)
+        memory = device_memory(job.trainer["accelerator"], devices.each)
+        rows |= memory_rows(needs, memory)
+        check_memory(module, needs, memory, found)
+    print(table(f"stage {module.stage}", rows), end="\n\n", flush=True)
+    return needs
+
+
+def check_tokens(job: Job, source: ImageSource, tokenizer: VQVAE, found: Findings) -> None:
+    """The codes that stage two trains from, and the table of what they take."""
+    cache = job.cache(ImageDataModule(source, job.seed), tokenizer)
+    found.attempt(cache.check)
+    found.attempt(check_writable, cache.folder)
+    free = free_bytes(cache.folder)
+    rows = {
+        "images": cache.sizes,
+        "codes of an image": f"{cache.length:,} of {cache.dtype['codes'].base.itemsize} bytes",
+        "on the disk": amount(cache.num_bytes),
+        "free disk": f"{amount(free)} at {cache.folder}",
+    }
+    found.attempt(cache.check_room, cache.num_images, free)
+    print(table("stage tokens", rows), end="\n\n", flush=True)
+
+
+def divides(batch_size: int, devices: Devices, stage: str, found: Findings) -> bool:
+    if not isinstance(batch_size, int) or batch_size < 1:
+        return False  # noted by the check of the course
+    if rest := batch_size % devices.total:
+        lower = batch_size - rest
+        near = f"{lower} or {lower + devices.total}" if lower else str(devices.total)
+        found.error(
+            f"model.{stage}: the global batch of {batch_size} images does not divide by "
+            f"{devices.total} processes ({devices.each} devices x {devices.num_nodes} machines); "
+            f"set model.{stage}.batch_size to {near}, or change trainer.devices or "
+            f"trainer.num_nodes"
+        )
+    return not rest
+
+
+def check_memory(module: StageModule, needs: Needs, memory: int | None, found: Findings) -> None:
+    key = f"model.{module.stage}.module.micro_batch"
+    now = module.micro_batch or "the whole share of a device"
+    for work, takes, remedy in (
+        ("a training step", needs.training, f"lower {key}, now {now}"),
+        ("validation", needs.validation, "lower evaluation.batch_size"),
+    ):
+        message = (
+            f"memory: {work} of stage {module.stage} takes about {amount(takes)} of a device's "
+            f"{amount(memory or 0)}; {remedy}, or take more or larger devices"
+        )
+        if memory and takes > memory:
+            found.error(message)
+        elif memory and takes > FULL * memory:
+            found.warn(message)

@@ -1,0 +1,90 @@
+"""What samples of a finished model are compared with, and what is expected of it.
+
+Without the training around it: the images of the model's run, where there are some, or a file.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from var_exp.evaluation.metrics import ScoreSettings
+from var_exp.evaluation.networks.base import FeatureNetwork
+from var_exp.evaluation.reference import reference_from_file, reference_of
+from var_exp.evaluation.scorer import NUM_HELD_OUT, SampleScorer, judge_of
+from var_exp.tokenizer import VQVAE
+
+
+def scorer_of(
+    network: FeatureNetwork,
+    source: Any | None,
+    tokenizer: VQVAE,
+    settings: ScoreSettings,
+    *,
+    reference: str | Path | None,
+    num_reference: int,
+    batch_size: int,
+    cache: str | Path | None,
+) -> SampleScorer:
+    """What scores samples of a model, on its device; all processes must call.
+
+    Args:
+        network: what samples are compared in.
+        source: the images that the model was trained on, set up; None where they are not known.
+        tokenizer: the model's.
+        reference: an .npz that samples are compared with; None: training images of the source.
+        num_reference, batch_size, cache: as in `reference_of`.
+
+    Raises:
+        ValueError: the images have another size than the model's, or are a single one; as
+            `reference_of` and `reference_from_file`.
+    """
+    device = next(tokenizer.parameters()).device
+    if source is not None and tuple(source.image_size) != tuple(tokenizer.image_size):
+        raise ValueError(
+            f"evaluation: the images of {source.name} are of {tuple(source.image_size)} pixels, "
+            f"those of the model of {tuple(tokenizer.image_size)} (data.image_size)"
+        )
+    network, held_out = network.to(device), None
+    if reference is not None:
+        size = tokenizer.image_size
+        real = reference_from_file(Path(reference), network, size, batch_size=batch_size)
+    else:
+        how = batch_size, cache, device
+        real = reference_of(network, source, "train", num_reference, *how)
+        held_out = reference_of(network, source, "val", NUM_HELD_OUT, *how)
+    if real.num_images == 1:  # which shows here, not once all samples are drawn
+        raise ValueError(
+            f"evaluation: scores need at least 2 reference images, got 1 of {real.about['what']} "
+            f"(evaluation.num_reference, evaluation.reference)"
+        )
+    judge = judge_of(network, source)
+    return SampleScorer(network, real, tokenizer.schedule, judge, settings, held_out).to(device)
+
+
+def beside_expected(
+    figures: Mapping[str, float],
+    expected: Mapping[str, Mapping[str, list[float]] | None],
+    model: str,
+    given: Mapping[str, Any],
+    required: Mapping[str, Any],
+) -> dict[str, str]:
+    """Figures in words, each with the band in which it is expected, where there is one.
+
+    Args:
+        figures: by key.
+        expected: bands (low, high) by model and key.
+        model: which one was scored, such as "d16".
+        given, required: settings, and those under which the bands hold. Where they differ no
+            band is shown, and a row says why.
+    """
+    others = [f"{k}={given[k]} in place of {v}" for k, v in required.items() if given[k] != v]
+    bands, rows = expected.get(model) or {}, {}
+    if any(expected.values()) and not bands:
+        rows["expected"] = f"no figures are known of {model}"
+    elif bands and others:
+        bands, rows["expected"] = {}, f"not shown, since it holds for others: {', '.join(others)}"
+    words = {key: f"{value:.4g}" for key, value in figures.items()}
+    for key, (low, high) in bands.items():
+        if key in words:
+            words[key] += f"  (expected {low:g} to {high:g})"
+    return words | rows

@@ -1,0 +1,278 @@
+"""How fast a stage trains and what holds it up, logged as `speed/...`.
+
+    images_per_second   of all processes together
+    data_wait           share of the time spent waiting for the next batch, in [0, 1]
+    tflops              10^12 floating-point operations a second, of one device
+    share_of_peak       the same as a share of what a large matrix product reaches there
+    memory_gb           largest resident size of this process so far, in 10^9 bytes
+    device_memory_gb    most memory that torch held on the accelerator so far, where there is one
+    hours_left          until the end of the stage, validations and evaluations included
+
+All but the first are those of the first process. The time of a batch is from asking for it to
+having trained on it, so that validations, evaluations and checkpoints count only in `hours_left`,
+which is reckoned from this session's batches alone: an interruption does not bend it. Operations
+are counted in one batch for each amount of work that a batch may be; that batch is slow, and is
+left out of the times. Where none of its operators are known, the figures are left out.
+"""
+
+import functools
+import resource
+import sys
+import time
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.profilers import Profiler
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from var_exp.distributed.collectives import world_size
+from var_exp.ops import onednn
+from var_exp.ops.linear import linear
+from var_exp.training.loggers.guarded import log_scalars
+from var_exp.training.module import StageModule
+
+SMALLEST, LARGEST = 256, 8192  # sides of the matrices; the largest three take 0.8 GB in float32
+LONG_ENOUGH = 0.01  # seconds of a product, beside which starting and timing it weigh little
+SECONDS = 0.2  # for the repetitions, of which the best counts: others may share the machine
+
+
+def attention(query, key, value, *_, out_shape=None, **__) -> int:
+    return flop_counter.sdpa_flop_count(query, key, value)
+
+
+def attention_backward(gradient, query, key, value, *_, out_shape=None, **__) -> int:
+    return flop_counter.sdpa_backward_flop_count(gradient, query, key, value)
+
+
+def linear_layer(x, weight, *_, out_shape=None, **__) -> int:
+    return 2 * prod(x) * weight[0]
+
+
+def convolution(x, kernel, *_, out_shape=None, **__) -> int:
+    return 2 * prod(out_shape) * prod(kernel[1:])
+
+
+def pairs(query, key, *_, out_shape=None, **__) -> int:
+    return 2 * prod(query) * key[-2]
+
+
+# What CPUs compute by operators that torch's own table leaves out.
+LAYERS = {
+    onednn.LINEAR: linear_layer,
+    onednn.CONVOLUTION: convolution,
+    torch.ops.var_exp.products: pairs,
+}
+LAYERS.pop(None, None)  # of operators that this torch does not have
+ON_CPU = LAYERS | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
+FORMULAS: dict[Any, Callable[..., int]] = flop_counter.flop_registry | {
+    operator: flop_counter.shape_wrapper(formula) for operator, formula in ON_CPU.items()
+}
+
+
+class FlopCounter(TorchDispatchMode):
+    """Count the operations of what runs within it, without changing a bit of it.
+
+    Torch's own `FlopCounterMode` takes composed operators apart, which rounds gradients
+    differently. The formulas are torch's: matrix products, convolutions and attention, a
+    multiplication and an addition being two.
+    """
+
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        return out
+
+
+@functools.cache
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure once per process: the best of a few products of square matrices.
+
+    Not the maker's figure but what can be reached here, with the threads and the settings of
+    this process, so that a share of it means something on any machine. Takes less than half a
+    second, and draws from no random generator but its own.
+
+    Args:
+        device: to measure.
+        dtype: of the factors.
+
+    Returns:
+        Operations a second, counted as by `FlopCounter`.
+    """
+    side = SMALLEST
+    seconds = time_product(*factors(side, device, dtype))
+    while seconds < LONG_ENOUGH and side < LARGEST:
+        side *= 2
+        pair = factors(side, device, dtype)
+        time_product(*pair)  # the first of a size may also choose how to compute it
+        seconds = time_product(*pair)
+    pair = factors(side, device, dtype)
+    end = time.perf_counter() + SECONDS
+    while time.perf_counter() < end:
+        seconds = min(seconds, time_product(*pair))
+    return 2 * side**3 / seconds
+
+
+def factors(side: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator(device).manual_seed(0)
+    return tuple(
+        torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2)
+    )
+
+
+def time_product(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Seconds of a matrix product, until it is done."""
+    wait_for(a.device)
+    start = time.perf_counter()
+    linear(a, b)
+    wait_for(a.device)
+    return time.perf_counter() - start
+
+
+def wait_for(device: torch.device) -> None:
+    """Until an accelerator has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+class Monitor(Callback):
+    """Log `speed/...` at the trainer's logging interval.
+
+    Stands before callbacks that evaluate, or their time would be that of a batch.
+    """
+
+    def __init__(self) -> None:
+        self.flops: dict[str, int] = {}  # operations of a batch in one process, by `workload`
+        self.counter: FlopCounter | None = None
+        self.watched: Profiler | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"flops": self.flops, "processes": world_size()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["processes"] == world_size():
+            self.flops = state["flops"]
+
+    # -- watching -------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
+        self.first, self.since = 0, 0.0  # the first batch in `hours_left`, and when it began
+        self.reset()
+        if trainer.is_global_zero:
+            dtype = torch.bfloat16 if "bf16" in trainer.precision else torch.float32
+            self.peak = peak_flops(module.device, dtype)
+            self.watched = trainer.profiler
+            trainer.profiler = FetchWatch(self.watched, self.on_ask, self.on_fetched)
+
+    def reset(self) -> None:
+        """Begin the sums of an interval."""
+        self.batches, self.busy, self.waited, self.work = 0, 0.0, 0.0, 0
+
+    def on_ask(self) -> None:
+        self.asked = time.perf_counter()
+
+    def on_fetched(self) -> None:
+        self.fetched = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: StageModule, *_) -> None:
+        if trainer.is_global_zero and module.workload not in self.flops:
+            self.counter = FlopCounter()
+            self.counter.__enter__()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: StageModule, *_) -> None:
+        if not trainer.is_global_zero:
+            return
+        now = time.perf_counter()
+        if self.counter is not None:
+            self.flops[module.workload] = self.counter.flops
+            self.stop_counting()
+        else:
+            self.batches += 1
+            self.busy += now - self.asked
+            self.waited += self.fetched - self.asked
+            self.work += self.flops[module.workload]
+        if not self.since:
+            self.first, self.since = module.batch + 1, now
+        if self.batches and module.is_logged:
+            figures = self.figures(trainer, module, now)
+            named = {f"speed/{name}": value for name, value in figures.items()}
+            log_scalars(trainer, named, module.batch)
+            self.reset()
+
+    def stop_counting(self) -> None:
+        if self.counter is not None:
+            self.counter.__exit__(None, None, None)
+            self.counter = None
+
+    def on_train_end(self, trainer: L.Trainer, module: StageModule) -> None:
+        if self.watched is not None:
+            trainer.profiler, self.watched = self.watched, None
+
+    def on_exception(self, trainer: L.Trainer, module: StageModule, *_) -> None:
+        self.stop_counting()
+        self.on_train_end(trainer, module)
+
+    # -- figures --------------------------------------------------------------------------
+
+    def figures(self, trainer: L.Trainer, module: StageModule, now: float) -> dict[str, float]:
+        """Of the interval that ends now."""
+        data = trainer.datamodule
+        figures = {
+            "images_per_second": data.batch_size * self.batches / self.busy,
+            "data_wait": self.waited / self.busy,
+            "memory_gb": resident_bytes() / 1e9,
+        }
+        if module.device.type != "cpu":
+            device = torch.get_device_module(module.device)
+            figures["device_memory_gb"] = device.max_memory_allocated(module.device) / 1e9
+        if self.work:
+            figures["tflops"] = self.work / self.busy / 1e12
+            figures["share_of_peak"] = self.work / self.busy / self.peak
+        done = module.batch + 1 - self.first
+        if done:
+            left = data.num_batches - module.batch - 1
+            figures["hours_left"] = (now - self.since) / done * left / 3600
+        return figures
+
+
+class FetchWatch(Profiler):
+    """Another profiler, watched for when the loop asks for a batch and when it has it."""
+
+    FETCH = "[_TrainingEpochLoop].train_dataloader_next"
+
+    def __init__(
+        self, profiler: Profiler, on_ask: Callable[[], None], on_fetched: Callable[[], None]
+    ):
+        super().__init__()
+        self.profiler, self.on_ask, self.on_fetched = profiler, on_ask, on_fetched
+
+    def start(self, action_name: str) -> None:
+        self.profiler.start(action_name)
+        if action_name == self.FETCH:
+            self.on_ask()
+
+    def stop(self, action_name: str) -> None:
+        if action_name == self.FETCH:
+            self.on_fetched()
+        self.profiler.stop(action_name)
+
+    def summary(self) -> str:
+        return self.profiler.summary()
+
+
+def resident_bytes() -> int:
+    """Largest resident size of this process so far."""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024

@@ -1,0 +1,289 @@
+"""Between the stages: the images are encoded once, and stage two trains from their codes.
+
+Processes share the parts of the cache. All of them look at the note of a signal after each batch
+and stop together; parts that are there are kept, and the same command goes on with the others.
+
+    B batch, N images, L tokens
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from var_exp.data import ImageDataModule, ImageSource, TokenCache
+from var_exp.data.tokens.cache import ROWS, Part
+from var_exp.distributed.collectives import (
+    barrier,
+    from_first,
+    is_first,
+    max_over_ranks,
+    rank,
+    world_size,
+)
+from var_exp.distributed.signals import Interrupted, Interruption
+from var_exp.evaluation.reference import data_fingerprint
+from var_exp.evaluation.samples.draw import device_of
+from var_exp.io.text import amount
+from var_exp.tokenizer import VQVAE
+from var_exp.training.fit import own_signals, quiet
+
+PLACES = ("root", "download")  # of a description of images: where they are, not which
+SECONDS = 10.0  # at least, between two lines of progress in a log file
+
+
+def cache_key(
+    source: ImageSource,
+    data: Mapping[str, Any],
+    seed: int,
+    tokenizer: VQVAE,
+    fingerprint: str | None,
+    rows: int = ROWS,
+) -> dict[str, Any]:
+    """What codes depend on, as plain data.
+
+    Args:
+        source: set up.
+        data: the source's configuration.
+        seed: of the augmentation.
+        fingerprint: of the tokenizer; None where it is still to be trained.
+        rows: images of a part.
+    """
+    return {
+        "tokenizer": fingerprint,
+        "patch_nums": tokenizer.schedule.patch_nums,
+        "vocab_size": tokenizer.quantizer.vocab_size,
+        "data": {name: value for name, value in data.items() if name not in PLACES},
+        "images": {part: data_fingerprint(source, part) for part in ("train", "val")},
+        "num_train": len(source.train),
+        "num_val": len(source.val),
+        "seed": seed if source.augments else None,
+        "rows": rows,
+    }
+
+
+def encode_stage(
+    tokenizer: VQVAE,
+    datamodule: ImageDataModule,
+    trainer: Callable[..., L.Trainer],
+    cache: TokenCache,
+    batch_size: int,
+    interruption: Interruption | None = None,
+) -> None:
+    """Encode what is missing in a cache, and let the datamodule serve codes from it.
+
+    Args:
+        trainer: called with what this function decides, gives the Trainer, whose processes and
+            devices share the work.
+        batch_size: images that a device encodes at once.
+        interruption: the signals of this process; None where nobody minds them.
+
+    Raises:
+        ValueError: the folder holds other codes, cannot be written to, or the disk is too small.
+        Interrupted: a signal came; parts that are whole are kept.
+    """
+    interruption = interruption or Interruption()
+    with quiet():
+        runner = trainer(
+            strategy="auto",  # each process has the whole tokenizer
+            logger=False,
+            limit_val_batches=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            use_distributed_sampler=False,
+        )
+        own_signals(runner)
+        with interruption.held():
+            module = Encoding(tokenizer, datamodule, cache, batch_size, interruption)
+            runner.validate(module, dataloaders=[], verbose=False)
+    datamodule.codes = cache
+
+
+class Encoding(L.LightningModule):
+    """Encodes once processes have met, and does nothing else."""
+
+    def __init__(
+        self,
+        tokenizer: VQVAE,
+        datamodule: ImageDataModule,
+        cache: TokenCache,
+        batch_size: int,
+        interruption: Interruption,
+    ):
+        super().__init__()
+        self.work = tokenizer, datamodule, cache, batch_size  # in a tuple: no submodule
+        self.datamodule, self.interruption = datamodule, interruption
+
+    def setup(self, stage: str) -> None:
+        device = self.trainer.strategy.root_device
+        self.datamodule.trainer = self.trainer
+
+        def stop_if_asked() -> None:
+            if number := max_over_ranks(self.interruption.noted or 0, device):
+                raise Interrupted(number)
+
+        encode(*self.work, device=device, on_batch=stop_if_asked)
+
+    def validation_step(self, *_: Any) -> None:
+        """Asked for by Lightning, and never called."""
+
+
+def encode(
+    tokenizer: VQVAE,
+    datamodule: ImageDataModule,
+    cache: TokenCache,
+    batch_size: int,
+    device: torch.device,
+    on_batch: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the missing parts of a cache; all processes must call.
+
+    Args:
+        on_batch: called by all processes equally often.
+    """
+    cache.check()
+    if is_first():
+        cache.begin()
+    barrier()
+    missing = missing_parts(cache, device)
+    if missing:
+        announce(cache, missing)
+        shares = [missing[first :: world_size()] for first in range(world_size())]
+        write_parts(tokenizer, datamodule, cache, shares, batch_size, device, on_batch)
+    barrier()
+    if is_first() and (missing or not cache.is_complete()):
+        cache.finish()
+    barrier()
+
+
+def write_parts(
+    tokenizer: VQVAE,
+    datamodule: ImageDataModule,
+    cache: TokenCache,
+    shares: Sequence[Sequence[Part]],
+    batch_size: int,
+    device: torch.device,
+    on_batch: Callable[[], None],
+) -> None:
+    """Encode this process's share of the parts; `on_batch` is called as often as by the others."""
+    own, before = Batches(shares[rank()], batch_size), device_of(tokenizer)
+    tokenizer.to(device).eval()
+    batches, steps = iter(datamodule.encoding_loader(Keys(own))), iter(own)
+    progress, write = Progress(sum(part.rows for part in shares[rank()])), Writer(cache)
+    for _ in range(max(len(Batches(share, batch_size)) for share in shares)):
+        if (step := next(steps, None)) is not None:
+            batch = next(batches)
+            codes = torch.cat(tokenizer.encode(batch.images.to(device)), dim=1)  # (B, L)
+            write(*step, codes.cpu(), batch.labels)
+            progress.add(len(batch.labels))
+        on_batch()
+    progress.end()
+    tokenizer.to(before)
+
+
+def missing_parts(cache: TokenCache, device: torch.device) -> list[Part]:
+    """What the first process finds missing or damaged, in all processes."""
+    parts = cache.parts()
+    found = set(cache.missing(say)) if is_first() else set()
+    flags = torch.tensor([part in found for part in parts], dtype=torch.int32, device=device)
+    return [part for part, flag in zip(parts, from_first(flags).tolist(), strict=True) if flag]
+
+
+def announce(cache: TokenCache, missing: Sequence[Part]) -> None:
+    """Say what is going to be written; raise ValueError where there is no room for it."""
+    num_images = sum(part.rows for part in missing)
+    needed, free = num_images * cache.dtype.itemsize, shutil.disk_usage(cache.folder).free
+    cache.check_room(num_images, free)
+    kept = cache.num_images - num_images
+    say(
+        f"tokens: encoding {num_images:,} images ({cache.sizes}"
+        f"{f'; {kept:,} are there' if kept else ''}): {amount(needed)} in {str(cache.folder)!r}, "
+        f"where {amount(free)} are free"
+    )
+
+
+def say(line: str) -> None:
+    if is_first():
+        print(line, file=sys.stderr, flush=True)
+
+
+# -- batches ----------------------------------------------------------------------------------
+
+
+class Batches:
+    """Batches of parts, none of which has images of two of them: (part, start, stop) within it."""
+
+    def __init__(self, parts: Sequence[Part], batch_size: int):
+        self.parts, self.batch_size = parts, batch_size
+
+    def __len__(self) -> int:
+        return sum(len(range(0, part.rows, self.batch_size)) for part in self.parts)
+
+    def __iter__(self) -> Iterator[tuple[Part, int, int]]:
+        for part in self.parts:
+            for start in range(0, part.rows, self.batch_size):
+                yield part, start, min(start + self.batch_size, part.rows)
+
+
+class Keys:
+    """The same as a batch sampler: lists of (view, index)."""
+
+    def __init__(self, batches: Batches):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int | None, int]]]:
+        for part, start, stop in self.batches:
+            yield [(part.view, part.start + i) for i in range(start, stop)]
+
+
+class Writer:
+    """Collects the codes of a part, and writes it when the last of them is there."""
+
+    def __init__(self, cache: TokenCache):
+        self.cache, self.batches = cache, []
+
+    def __call__(self, part: Part, start: int, stop: int, codes: Tensor, labels: Tensor) -> None:
+        self.batches.append((codes, labels))
+        if stop == part.rows:
+            whole = [torch.cat(tensors).numpy() for tensors in zip(*self.batches, strict=True)]
+            self.cache.write(part, *whole)
+            self.batches = []
+
+
+# -- progress ---------------------------------------------------------------------------------
+
+
+class Progress:
+    """Of the first process: a bar on a terminal; in a log file a line now and then.
+
+    Args:
+        total: images that this process encodes.
+    """
+
+    def __init__(self, total: int):
+        self.total, self.done, self.begun, self.told = total, 0, time.monotonic(), 0.0
+        hidden = None if is_first() else True  # None: where there is no terminal
+        self.bar = tqdm(total=total, desc="tokens", unit="image", leave=False, disable=hidden)
+
+    def add(self, count: int) -> None:
+        first, self.done = self.done == 0, self.done + count
+        self.bar.update(count)
+        now = time.monotonic()
+        if first or (self.bar.disable and now - self.told > SECONDS):
+            left = (now - self.begun) / self.done * (self.total - self.done)
+            said = f"about {left:.0f} s" if left < 600 else f"about {left / 3600:.1f} hours"
+            say(f"tokens: {self.done:,} of {self.total:,} images, {said} left")
+            self.told = now
+
+    def end(self) -> None:
+        self.bar.close()
+        say(f"tokens: encoded in {time.monotonic() - self.begun:.1f} s")

@@ -1,0 +1,289 @@
+"""Training by shards: each process keeps a part of every weight, gradient and moment.
+
+Fully sharded data parallelism (ZeRO stage 3, Rajbhandari et al., arXiv 1910.02054; PyTorch's
+FSDP2, Zhao et al., arXiv 2304.11277). A unit, such as the attention of a block, is gathered just
+before it computes and let go of afterwards, so a network may be larger than a device's memory
+could hold together with its gradients and moments.
+
+Whoever looks at a network outside of training, to sample from it, score it or hand it on, gets it
+whole. So a network exists twice: its shards, which are trained, and the network that was given,
+which is an empty shell meanwhile and filled to be looked at. Checkpoints are single files with
+whole tensors, the same as those of one process, whatever wrote them: any number of processes goes
+on from them, and nothing has to be put together. The price is that the first process holds all of
+a checkpoint in its main memory while it saves.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from var_exp.distributed.collectives import from_first, is_first, sum_over_ranks, world_size
+from var_exp.ops.upsampling import Upsample
+from var_exp.tokenizer.autoencoder import Downsample, ResidualBlock, SpatialAttention
+from var_exp.transformer.attention import SelfAttention
+from var_exp.transformer.block import MLP, AdaLNBlock, SwiGLU
+
+# What is gathered at once. Not whole transformer blocks: their modulation vectors are computed
+# ahead of all blocks, and would gather each of them once more.
+UNITS = (SelfAttention, MLP, SwiGLU, ResidualBlock, SpatialAttention, Downsample, Upsample)
+
+
+class Sharded(ModelParallelStrategy):
+    """Shards over all processes of all machines; Lightning's "auto" sizes would shard nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    # Lightning's own way of writing whole tensors numbers them otherwise than an optimizer does,
+    # and restores callbacks after they were told that training starts.
+
+    restore_checkpoint_after_setup = False
+    lightning_restore_optimizer = True
+    save_checkpoint = ParallelStrategy.save_checkpoint
+    load_checkpoint = ParallelStrategy.load_checkpoint
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return gathered(self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return gathered(getattr(optimizer, "optimizer", optimizer).state_dict())
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        own = self.lightning_module.state_dict()
+        state = {
+            name: like(value, own[name]) if name in own else value
+            for name, value in checkpoint["state_dict"].items()
+        }
+        self.lightning_module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        states = checkpoint["optimizer_states"]
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            parameters = parameters_of(optimizer)
+            moments = {
+                i: {name: like(value, parameters[i]) for name, value in entries.items()}
+                for i, entries in state["state"].items()
+            }
+            optimizer.load_state_dict(state | {"state": moments})
+
+
+# -- networks -------------------------------------------------------------------------------
+
+
+class Shards:
+    """Networks of a module that are trained by shards, and whole where they are looked at.
+
+    Args:
+        owner: whose attributes the networks are. Its shards take their places.
+        names: of these attributes.
+        mesh: of one dimension, the processes.
+        device: of this process.
+        kept_whole: submodules of the networks whose parameters every process has.
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        names: Sequence[str],
+        mesh: DeviceMesh,
+        device: torch.device,
+        kept_whole: Sequence[str],
+    ):
+        self.owner, self.times_gathered = owner, 0
+        self.shells = {name: getattr(owner, name) for name in names}
+        self.shards = {
+            name: shard(shell, mesh, device, kept_whole) for name, shell in self.shells.items()
+        }
+        self._show(self.shards)
+
+    def gather(self) -> None:
+        """Put whole networks in the place of the shards. All processes call it alike."""
+        if self.times_gathered == 0:
+            for name, shell in self.shells.items():
+                fill(shell, self.shards[name])
+            self._show(self.shells)
+        self.times_gathered += 1
+
+    def release(self) -> None:
+        """Go back to the shards, once it was called as often as `gather`."""
+        self.times_gathered -= 1
+        if self.times_gathered == 0:
+            self._show(self.shards)
+            for shell in self.shells.values():
+                empty(shell)
+
+    def _show(self, networks: Mapping[str, nn.Module]) -> None:
+        for name, network in networks.items():
+            setattr(self.owner, name, network)
+
+
+def shard(
+    network: nn.Module, mesh: DeviceMesh, device: torch.device, kept_whole: Sequence[str]
+) -> nn.Module:
+    """A copy of a network by shards; the network itself is left as a shell without weights."""
+    shards = copy.deepcopy(network)
+    empty(network)
+    network.to(device)
+    for tensor in (*shards.parameters(), *shards.buffers()):  # all start like the first
+        tensor.data.copy_(from_first(tensor.detach().to(device, copy=True)))
+    for unit in list(shards.modules()):
+        if isinstance(unit, UNITS):
+            fully_shard(unit, mesh=mesh)
+        elif type(unit) is AdaLNBlock:
+            fully_shard(unit.ada_lin, mesh=mesh)
+    kept = {p for name in kept_whole for p in shards.get_submodule(name).parameters()}
+    return fully_shard(shards, mesh=mesh, ignored_params=kept)
+
+
+def empty(network: nn.Module) -> None:
+    """Take the weights from a network."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.new_empty(0)
+
+
+@torch.no_grad()
+def fill(shell: nn.Module, shards: nn.Module) -> None:
+    """Give a shell the weights, buffers and modes of its shards."""
+    # Validation runs in inference mode; weights made in it could not be trained later.
+    with torch.inference_mode(False):
+        for whole, part in zip(shell.parameters(), shards.parameters(), strict=True):
+            data = part.detach()
+            whole.data = data.full_tensor() if isinstance(data, DTensor) else data.clone()
+        for ours, theirs in zip(shell.buffers(), shards.buffers(), strict=True):
+            ours.copy_(theirs)
+    for ours, theirs in zip(shell.modules(), shards.modules(), strict=True):
+        ours.training = theirs.training
+
+
+class ShardableModule(L.LightningModule):
+    """A module that trains one network, by shards where the strategy is `Sharded`."""
+
+    network_name: str  # the attribute that the network is
+    #: Submodules of the network that every process has whole where the rest is sharded.
+    kept_whole: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shards: Shards | None = None  # while they are trained
+
+    @property
+    def average_name(self) -> str:
+        """The attribute that holds the moving average of the network, where one is kept."""
+        return f"averaged_{self.network_name}"
+
+    def configure_model(self) -> None:
+        """Shard what is trained; called before the optimizers are made."""
+        if self.device_mesh is not None and self.trainer.state.fn == "fit":
+            names = [name for name in (self.network_name, self.average_name) if hasattr(self, name)]
+            mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
+            self.shards = Shards(self, names, mesh, device, self.kept_whole)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within this block, to be entered by all processes, no network is sharded."""
+        if self.shards:
+            self.shards.gather()
+        try:
+            yield
+        finally:
+            if self.shards:
+                self.shards.release()
+
+    # Validation sees whole networks, and so do the callbacks that look at them at its end, which
+    # are called before the module. Not in the hooks for modes: Lightning keeps no modes then.
+
+    def on_validation_start(self) -> None:
+        if self.shards:
+            self.shards.gather()
+
+    def on_validation_end(self) -> None:
+        if self.shards:
+            self.shards.release()
+
+    def on_fit_end(self) -> None:
+        if self.shards:
+            self.shards.gather()
+            self.shards = None
+
+
+# -- tensors --------------------------------------------------------------------------------
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, which it shares its memory with."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Any, own: Tensor) -> Any:
+    """A whole tensor by shards, if `own` of its shape is; every process has the whole one."""
+    if not isinstance(own, DTensor) or not torch.is_tensor(value) or value.shape != own.shape:
+        return value
+    value = value.to(own.device)
+    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
+
+
+def gathered(tree: Any) -> Any:
+    """A tree of plain data and tensors, whole on the CPU of the first process.
+
+    One tensor after another, so that a device never holds all of them; the other processes,
+    which have to call it too, get None in the place of tensors that are sharded.
+    """
+    if isinstance(tree, dict):
+        return {key: gathered(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [gathered(value) for value in tree]
+    if not isinstance(tree, DTensor):
+        return tree
+    whole = tree.detach().full_tensor()
+    return whole.cpu() if is_first() else None
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """In the order in which the state dict of an optimizer numbers them."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+# -- gradients ------------------------------------------------------------------------------
+
+
+def average_whole_gradients(parameters: Iterable[Tensor]) -> None:
+    """Average the gradients of those that are not sharded over the processes, in one message."""
+    grads = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    if grads:
+        means = sum_over_ranks(torch.cat([grad.flatten() for grad in grads])) / world_size()
+        for grad, mean in zip(grads, means.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[Tensor], limit: float) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` where some are sharded: the norm of all, the same for all.
+
+    That norm is the same number in all processes, so they clip, or skip a batch, alike.
+    """
+    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    whole = [p for p in parameters if not isinstance(p, DTensor)]
+    if not sharded:
+        return nn.utils.clip_grad_norm_(whole, limit)
+    parts = [local(p.grad) for p in sharded if p.grad is not None]
+    others = [p.grad for p in whole if p.grad is not None]
+    # In float64, in which the square of a norm in float32 is no overflow.
+    squares = [nn.utils.get_total_norm(grads).double().square() for grads in (parts, others)]
+    norm = (sum_over_ranks(squares[0]) + squares[1].to(squares[0])).sqrt().float()
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([*parts, *others], factor)
+    return norm

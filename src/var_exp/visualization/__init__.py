@@ -1,0 +1,1 @@
+"""Pictures and plots, and how metrics are named in them."""
