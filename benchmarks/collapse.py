@@ -28,10 +28,11 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.harness import markdown, save
-from var_exp.experiment import build as wiring
+from var_exp.experiment import build
 from var_exp.experiment.config.overrides import CONF
+from var_exp.experiment.run import Run
 from var_exp.io.environment import machine
-from var_exp.training.fit import fit_stage
+from var_exp.training.fit import StageSchedule, fit_stage
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = [
@@ -75,20 +76,17 @@ def measure(job: tuple[str, int, int]) -> dict:
     overrides = [*BASE, *SWITCHES[switch], f"seed={seed}"]
     with initialize_config_dir(str(CONF), version_base=None):
         cfg = compose("train", overrides=overrides)
-    data = wiring.make_data(cfg)
+    data = build.datamodule(cfg)
     quiet = contextlib.redirect_stderr(io.StringIO())  # two runs' progress lines, mixed
     with tempfile.TemporaryDirectory() as folder, quiet:
-        tokenizer = wiring.make_tokenizer(cfg, data.source, Path(folder))
-        (module,) = wiring.make_modules(cfg, data.source, tokenizer).values()
+        tokenizer = build.tokenizer(cfg, data.source, Run(Path(folder), cfg))
+        (module,) = build.modules(cfg, data.source, tokenizer).values()
         fitted = fit_stage(
             module,
             data,
             instantiate(cfg.trainer, _partial_=True),
+            StageSchedule(cfg.model.tokenizer.batch_size, num_batches, num_batches, seed),
             run_dir=Path(folder),
-            batch_size=cfg.model.tokenizer.batch_size,
-            num_batches=num_batches,
-            val_every=num_batches,
-            seed=seed,
         )
     return {"switch": switch, "seed": seed, "seconds": fitted.seconds, **fitted.metrics}
 

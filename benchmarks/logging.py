@@ -30,11 +30,12 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 
 from benchmarks.harness import markdown, save
-from var_exp.experiment import build as wiring
+from var_exp.experiment import build
 from var_exp.experiment.config.overrides import CONF
+from var_exp.experiment.run import Run
 from var_exp.io.environment import machine
 from var_exp.training.callbacks.throughput import Monitor
-from var_exp.training.fit import fit_stage
+from var_exp.training.fit import StageSchedule, fit_stage
 from var_exp.training.module import StageModule
 
 STAGES = ("tokenizer", "var")
@@ -102,11 +103,11 @@ def measure(
     """Seconds a batch, by mode and round."""
     with initialize_config_dir(str(CONF), version_base=None):
         cfg = compose("train", overrides=overrides)
-    data = wiring.make_data(cfg)
+    data = build.datamodule(cfg)
     os.environ["WANDB_MODE"] = "offline"
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = wiring.make_tokenizer(cfg, data.source, Path(folder))
-        module = wiring.make_modules(cfg, data.source, tokenizer)[stage]
+        tokenizer = build.tokenizer(cfg, data.source, Run(Path(folder), cfg))
+        module = build.modules(cfg, data.source, tokenizer)[stage]
         num_batches = (WARM_UP + rounds * len(modes) + 1) * cfg.trainer.log_every_n_steps
         alternate = Alternate(cfg.trainer.log_every_n_steps, list(cfg.logger), modes)
         with contextlib.redirect_stderr(io.StringIO()):  # progress lines
@@ -114,11 +115,8 @@ def measure(
                 module,
                 data,
                 instantiate(cfg.trainer, _partial_=True),
+                StageSchedule(cfg.model[stage].batch_size, num_batches, num_batches, cfg.seed),
                 run_dir=Path(folder),
-                batch_size=cfg.model[stage].batch_size,
-                num_batches=num_batches,
-                val_every=num_batches,
-                seed=cfg.seed,
                 callbacks=[alternate],
                 loggers=[instantiate(logger) for logger in cfg.logger.values()],
             )

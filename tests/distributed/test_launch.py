@@ -12,16 +12,19 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from omegaconf import OmegaConf
 
 from helpers.command import QUICK, composed
 from helpers.command import run as command
 from helpers.stages import PATCH_NUMS, run
 from helpers.together import together
 from var_exp.distributed.launch import START, agree_on_start, given_by_torchrun
+from var_exp.distributed.signals import GOES_ON
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.evaluation.networks.classifier import train_classifier
-from var_exp.experiment.entry import leave_with_the_others, speaks
-from var_exp.experiment.errors import is_of_another_process
+from var_exp.experiment.entry import leave_with_the_others
+from var_exp.experiment.errors import is_of_another_process, should_report
+from var_exp.experiment.run import Run
 
 TWO = {"devices": 2, "strategy": "ddp_find_unused_parameters_true"}
 
@@ -120,7 +123,7 @@ def test_torchruns_numbers_of_processes_count(launched):
 )
 def test_one_process_of_each_machine_says_what_is_wrong(environment, said, launched):
     launched(**environment)
-    assert speaks() == said
+    assert should_report() == said
 
 
 @pytest.mark.parametrize("started_by", ["train.py", "hand"])
@@ -149,6 +152,7 @@ def test_a_batch_that_processes_cannot_share_is_refused_before_training(trainer,
 
 
 def test_what_was_seen_of_the_end_of_another_process_is_told(tmp_path, capsys):
+    run = Run(tmp_path, OmegaConf.create({}))  # of a program that the same command resumes
     try:
         try:
             raise ValueError("the true cause")
@@ -156,8 +160,8 @@ def test_what_was_seen_of_the_end_of_another_process_is_told(tmp_path, capsys):
             raise RuntimeError("gloo: Connection closed by peer") from cause
     except RuntimeError as error:
         assert is_of_another_process(error)
-        assert leave_with_the_others(tmp_path, error, "go on") == 1
-    assert "whole; go on (seen here: ValueError: the true cause)" in capsys.readouterr().err
+        assert leave_with_the_others(run, error) == 1
+    assert f"whole; {GOES_ON} (seen here: ValueError: the true cause)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("program", ["train", "sample"])

@@ -15,8 +15,9 @@ from torch import nn
 from helpers.command import composed, run
 from var_exp.data import ImageDataModule, ImageSource
 from var_exp.evaluation import ScoreSettings
-from var_exp.experiment import build as wiring
+from var_exp.experiment import build
 from var_exp.experiment.config.overrides import CONF
+from var_exp.experiment.run import Run
 from var_exp.scales import ScaleSchedule
 from var_exp.tokenizer import VQVAE
 from var_exp.training.module import StageModule
@@ -62,8 +63,8 @@ def build_networks(cfg: DictConfig) -> dict[str, StageModule]:
     """Tokenizer, transformer and the modules of both stages, as train.py makes them."""
     with torch.device("meta"):  # whatever their size
         source = source_of(cfg)
-        tokenizer = wiring.make_tokenizer(cfg, source, Path("nowhere"))
-        return wiring.make_modules(cfg, source, tokenizer)
+        tokenizer = build.tokenizer(cfg, source, Run(Path("nowhere"), cfg))
+        return build.modules(cfg, source, tokenizer)
 
 
 FILES = [
@@ -315,9 +316,9 @@ def test_epochs_are_counted_in_whole_batches():
     source.setup()
     for both_or_none in (in_epochs, ["model.var.num_batches=null"]):
         with pytest.raises(ValueError, match="expected num_batches or epochs, the other one null"):
-            wiring.course(composed("train", *both_or_none), "var", source)
-    assert wiring.course(cfg, "var", source)["num_batches"] == 9  # 1,437 images are three batches
-    assert wiring.course(cfg, "tokenizer", source)["num_batches"] == 1200
+            build.schedule(composed("train", *both_or_none), "var", source)
+    assert build.schedule(cfg, "var", source).num_batches == 9  # 1,437 images are three batches
+    assert build.schedule(cfg, "tokenizer", source).num_batches == 1200
 
 
 @every("adversary")

@@ -11,8 +11,9 @@ from PIL import Image
 
 from helpers.command import QUICK, composed, files, run
 from tests.experiment.test_configs import every
-from var_exp.experiment import build as wiring
-from var_exp.experiment.entry import PERCEPTUAL, without_parts
+from var_exp.experiment import build
+from var_exp.experiment.build import PERCEPTUAL, without_parts
+from var_exp.experiment.config.checks import trained
 from var_exp.experiment.preflight.images import balance_of, look
 from var_exp.experiment.preflight.report import Findings
 from var_exp.experiment.preflight.resources import needs_of, parameters_of, ready
@@ -260,13 +261,13 @@ def test_classes_without_images_are_named(digits):
 def test_the_networks_of_every_experiment_are_built_without_memory(name):
     cfg = composed("train", f"experiment={name}")
     source = instantiate(cfg.data, _convert_="all")
-    tokenizer = wiring.new_tokenizer(cfg, source, "meta")
+    tokenizer = build.new_tokenizer(cfg, source, "meta")
     networks = {"tokenizer": tokenizer}
-    networks["transformer"] = wiring.make_transformer(cfg, source, tokenizer, "meta")
-    for stage in wiring.trained(cfg):
+    networks["transformer"] = build.transformer(cfg, source, tokenizer, "meta")
+    for stage in trained(cfg):
         chosen = networks if stage == "var" else {"tokenizer": tokenizer}
         alone = without_parts(cfg, [PERCEPTUAL, "adversary"])
-        module = ready(wiring.make_module(alone, stage, chosen))
+        module = ready(build.module(alone.model[stage], chosen))
         assert all(tensor.device.type == "meta" for tensor in module.state_dict().values())
         assert parameters_of(module)[module.network_name].trained > 100_000
 
@@ -274,8 +275,8 @@ def test_the_networks_of_every_experiment_are_built_without_memory(name):
 def test_the_step_of_a_small_experiment_is_measured_as_a_gpu_would_take_it():
     cfg = composed("train", "experiment=cifar10_d8")
     source = instantiate(cfg.data, _convert_="all")
-    tokenizer = wiring.new_tokenizer(cfg, source, "meta")
-    module = wiring.make_module(cfg, "tokenizer", {"tokenizer": tokenizer})
+    tokenizer = build.new_tokenizer(cfg, source, "meta")
+    module = build.module(cfg.model.tokenizer, {"tokenizer": tokenizer})
     needs = needs_of(
         ready(module),
         image_shape=(3, 32, 32),

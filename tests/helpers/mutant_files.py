@@ -32,7 +32,7 @@ from var_exp.data import Digits, ImageDataModule, ImageFolder, Shards, TokenCach
 from var_exp.data.hugging_face import HuggingFace
 from var_exp.data.pack import pack
 from var_exp.evaluation.reference_file import reference_from_file, save_reference
-from var_exp.experiment.entry import recorded
+from var_exp.experiment.resume import read_record
 from var_exp.io.run_folder import read_metrics
 from var_exp.report import write_report
 from var_exp.training.encode import encode
@@ -302,8 +302,8 @@ def records(draw: random.Random, place: Path, work: Path) -> Mutant:
     what = spoil(path, draw) if path.suffix != ".json" or draw.random() < 0.5 else odd(path, draw)
     feed = {
         "metrics.json": lambda: (read_metrics(path), write_report(run)),
-        "config.yaml": lambda: (write_report(run), recorded(run)),
-        "environment.json": lambda: (write_report(run), recorded(run)),
+        "config.yaml": lambda: (write_report(run), read_record(run)),
+        "environment.json": lambda: (write_report(run), read_record(run)),
         "metrics.csv": lambda: write_report(run),
     }[path.name]
     return Mutant(f"{path.name}: {what}", feed, (path.name, str(run)), place / "out")

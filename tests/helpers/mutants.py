@@ -5,6 +5,7 @@ networks, optimizers, callbacks and loggers are made, nothing is trained. Sample
 """
 
 import contextlib
+import functools
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -16,8 +17,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from helpers.command import QUICK, ROOT, composed_with_hydra, run, run_for_real
-from var_exp.experiment.entry import report_errors
-from var_exp.training.fit import Fitted, quiet
+from var_exp.experiment.config.validate import check_types
+from var_exp.experiment.entry import errors_in_one_line
+from var_exp.experiment.run import Run
+from var_exp.training.encode import EncodingStage
+from var_exp.training.fit import TrainingStage, quiet
 
 sys.path.insert(0, str(ROOT))  # train.py and sample.py are importable
 
@@ -158,10 +162,15 @@ def within(program: str, place: Path, options: list[str], wrong: list[str]) -> N
             change(cfg, override)
         alone = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
         if program == "sample":
-            report_errors(lambda cfg: sample.sample(cfg, place / "out"))(alone)
+            run = Run(place / "out", alone)
+            with errors_in_one_line(run):
+                check_types(alone)
+                sample.sample(alone, run)
             return
-        with contextlib.suppress(Ready), up_to_training(train):
-            report_errors(lambda cfg: train.train(cfg, place / "out" / "run"))(alone)
+        run = Run(place / "out" / "run", alone)
+        with contextlib.suppress(Ready), up_to_training(), errors_in_one_line(run):
+            check_types(alone)
+            train.train(alone, run)
 
 
 def change(cfg: DictConfig, override) -> None:
@@ -176,33 +185,27 @@ def change(cfg: DictConfig, override) -> None:
 
 
 @contextlib.contextmanager
-def up_to_training(train) -> Iterator[None]:
-    """Let `train` raise `Ready` once everything is made that its stages take."""
-    made: dict[str, Any] = {}
-    make, fit = train.make_modules, train.fit
+def up_to_training() -> Iterator[None]:
+    """Raise `Ready` once everything is made that the stages take."""
 
-    def make_modules(*arguments):
-        made.update(make(*arguments))
-        return made
-
-    def stub(module, data, trainer, *, callbacks, loggers, run_dir, **others):
+    def make_all(stage, evaluator):
+        callbacks = [
+            c(evaluator) if isinstance(c, functools.partial) else c for c in stage.callbacks
+        ]
         with quiet():
-            trainer(logger=[], callbacks=callbacks)
-        for logger in loggers:
-            logger(save_dir=str(run_dir), version=module.stage)
-        module.make_optimizers()
-        module.schedule(0.5)
-        return Fitted({}, 0.0)
+            stage.trainer(logger=[], callbacks=callbacks)
+        for logger in stage.loggers:
+            logger(save_dir=str(stage.run_dir), version=stage.name)
+        stage.module.make_optimizers()
+        stage.module.schedule(0.5)
 
-    def fit_all(cfg, module, data, evaluator, run_dir):
-        for one in made.values():
-            fit(cfg, one, data, evaluator, run_dir)
+    def ready(run, images):
         raise Ready
 
     with (
-        mock.patch.object(train, "make_modules", make_modules),
-        mock.patch.object(train, "fit", fit_all),
-        mock.patch.object(train, "fit_stage", stub),
+        mock.patch.object(TrainingStage, "run", make_all),
+        mock.patch.object(EncodingStage, "run", lambda stage, evaluator: None),
+        mock.patch.object(Run, "finish", ready),
     ):
         yield
 

@@ -12,7 +12,7 @@ from var_exp.checkpoint.checkpoint import read_checkpoint
 from var_exp.data import ImageDataModule
 from var_exp.tokenizer.losses import ReconstructionLoss
 from var_exp.training import TokenizerModule, VARModule
-from var_exp.training.fit import fit_stage
+from var_exp.training.fit import StageSchedule, fit_stage
 from var_exp.training.optim import CosineSchedule
 from var_exp.transformer import VAR
 
@@ -89,7 +89,8 @@ def make_module(stage, dropout=0.2, loss=None, scale_drop=0.3, **changes):
 ONE = {"devices": 1, "precision": "32-true"}
 
 
-FIT = ("seed", "batch_size", "val_every", "loggers", "resume", "save_every", "interruption")
+SCHEDULE = ("seed", "batch_size", "val_every", "save_every")
+FIT = ("loggers", "resume", "signals")
 
 
 def run(stage, source, folder, *callbacks, trainer=ONE, codes=None, **changes):
@@ -97,21 +98,22 @@ def run(stage, source, folder, *callbacks, trainer=ONE, codes=None, **changes):
 
     `changes` are arguments of `fit_stage` and of the module; `codes` a cache to train from.
     """
-    given = {"seed": 0, "batch_size": 6, "val_every": 3} | {
-        k: v for k, v in changes.items() if k in FIT
-    }
-    module = make_module(stage, **{k: v for k, v in changes.items() if k not in FIT})
+    lengths = {"seed": 0, "batch_size": 6, "val_every": 3, "num_batches": NUM_BATCHES}
+    lengths |= {k: v for k, v in changes.items() if k in SCHEDULE}
+    given = {k: v for k, v in changes.items() if k in FIT}
+    others = {k: v for k, v in changes.items() if k not in (*SCHEDULE, *FIT)}
+    module = make_module(stage, **others)
     options = {"accelerator": "cpu", "enable_model_summary": False} | ONE | trainer
     trainer = functools.partial(L.Trainer, **options)
-    losses, data = Losses(), ImageDataModule(source, seed=given["seed"])
+    losses, data = Losses(), ImageDataModule(source, seed=lengths["seed"])
     data.codes = codes
     try:
         fit_stage(
             module,
             data,
             trainer,
+            StageSchedule(**lengths),
             run_dir=folder,
-            num_batches=NUM_BATCHES,
             callbacks=[*callbacks, losses],
             **given,
         )

@@ -112,7 +112,7 @@ def looked_at(source, folder, stop_at=None, every=2, trainer=None, stopped_rank=
     evaluator = Watched(source, stop_at, stopped_rank)
     every = {"every_n_batches": every}
     shown = (SamplePictures(evaluator, 1, **every), SampleScores(evaluator, 24, **every))
-    options = LOGGED | {"interruption": evaluator.interruption}
+    options = LOGGED | {"signals": evaluator.interruption}
     options["trainer"] = LOGGED["trainer"] | (trainer or {})
     try:
         run("var", source, folder, *shown, **options)

@@ -38,7 +38,7 @@ def interrupted(stage, source, folder, *asked, callbacks=(), **options):
     """Run a stage until it was asked to stop; what it was validated at."""
     seen, ask = Validations(), Ask(*asked)
     with pytest.raises(Interrupted, match="SIGTERM"):
-        run(stage, source, folder, *callbacks, ask, seen, interruption=ask.interruption, **options)
+        run(stage, source, folder, *callbacks, ask, seen, signals=ask.interruption, **options)
     return seen.seen
 
 
@@ -231,7 +231,7 @@ def stop(source, folder):
     """How a stage ends that is asked to stop at its second batch."""
     ask = Ask(2)
     with pytest.raises(Interrupted) as stopped:
-        run("var", source, folder, ask, interruption=ask.interruption)
+        run("var", source, folder, ask, signals=ask.interruption)
     return stopped.value
 
 

@@ -16,7 +16,7 @@ from helpers.stages import (
 )
 from var_exp.checkpoint.checkpoint import KEY, load_networks, read_checkpoint, write_checkpoint
 from var_exp.data import ImageDataModule
-from var_exp.training.fit import fit_stage
+from var_exp.training.fit import StageSchedule, fit_stage
 from var_exp.training.resume import progress_in
 from var_exp.training.tokenizer_module import perplexity, usage
 
@@ -115,9 +115,8 @@ def test_a_run_continues_under_its_own_plan_only(name, digits, tmp_path):
             make_module("var"),
             ImageDataModule(digits),
             None,
+            StageSchedule(val_every=3, **plan),
             run_dir=tmp_path,
-            val_every=3,
-            **plan,
         )
 
 
@@ -132,7 +131,6 @@ def test_the_seconds_of_an_interrupted_run_add_up(digits, tmp_path):
 def test_lengths_below_one_are_refused(name, digits, tmp_path):
     lengths = {"batch_size": 6, "num_batches": 2, "val_every": 1} | {name: 0}
     with pytest.raises(ValueError, match=name):
-        fit_stage(
-            make_module("var"), ImageDataModule(digits), None, run_dir=tmp_path, seed=0, **lengths
-        )
+        schedule = StageSchedule(seed=0, **lengths)
+        fit_stage(make_module("var"), ImageDataModule(digits), None, schedule, run_dir=tmp_path)
     assert not list(tmp_path.iterdir())

@@ -95,6 +95,21 @@ class Interruption:
             raise Interrupted(self.noted)
 
 
+_handler = Interruption()
+
+
+def start() -> None:
+    """Take the signals in hand at the start of a program, before its slow imports."""
+    global _handler
+    _handler = Interruption()
+    _handler.install()
+
+
+def handler() -> Interruption:
+    """The signals of this process."""
+    return _handler
+
+
 def leave(stop: Interrupted, run_dir: Path | None = None, goes_on: str = GOES_ON) -> None:
     """End this process, and let the other processes of the run know why.
 

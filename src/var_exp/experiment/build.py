@@ -1,13 +1,12 @@
-"""From a composition to the objects of a training, and what a composition must not be.
+"""From a configuration to the objects of a training; nothing below sees the configuration.
 
-Each function takes the whole composition and hands its parts, as plain values and modules, to the
-rooms that know nothing of Hydra.
+Each function builds one object with plain values and modules, so a user's mistake is a ValueError
+here, before anything is written.
 """
 
-import inspect
+import functools
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,141 +17,172 @@ from torch import nn
 
 from var_exp.checkpoint.load import read_tokenizer
 from var_exp.checkpoint.warm_start import warm_start_from
-from var_exp.data import ImageDataModule, ImageSource, TokenCache
-from var_exp.distributed.launch import check_tasks, given_by_torchrun
+from var_exp.data import ImageDataModule, ImageSource
+from var_exp.distributed import signals
+from var_exp.distributed.launch import given_by_torchrun
 from var_exp.evaluation import FeatureNetwork, ScoreSettings
 from var_exp.evaluation.evaluator import Evaluator
+from var_exp.experiment.config.checks import trained
 from var_exp.experiment.config.validate import check_part
-from var_exp.sampling.generate import check_settings
+from var_exp.experiment.run import Run, plain
 from var_exp.scales import ScaleSchedule
 from var_exp.tokenizer import VQVAE
-from var_exp.training.callbacks.evaluation import Callback, EvaluationCallback, check_interval
-from var_exp.training.encode import cache_key
-from var_exp.training.fit import ALL, check_precision
+from var_exp.training import fit
+from var_exp.training.encode import EncodingStage
+from var_exp.training.fit import ALL, StageSchedule, TrainingStage
 from var_exp.training.module import StageModule
 from var_exp.transformer import VAR
 
-TRAINED = ("tokenizer", "var")
-MAX_THREADS = max(256, os.cpu_count() or 1)  # libgomp ends a process that cannot have so many
-STAGES = ("tokenizer", "tokens", "var")  # `tokens` encodes the images, and trains nothing
+Stage = TrainingStage | EncodingStage
 
 
-def trained(cfg: DictConfig) -> list[str]:
-    """The stages that train a network."""
-    return [stage for stage in cfg.stages if stage in TRAINED]
+# -- images -------------------------------------------------------------------------------
 
 
-def check_choices(cfg: DictConfig) -> None:
-    """Raise ValueError for what would otherwise show only after a stage was trained."""
-    for check in CHOICES:
-        check(cfg)
+def source(cfg: DictConfig) -> ImageSource:
+    """The images, not set up yet."""
+    return instantiate(cfg.data, _convert_="all")
 
 
-def check_stages(cfg: DictConfig) -> None:
-    if not cfg.stages or list(cfg.stages) != [stage for stage in STAGES if stage in cfg.stages]:
+def datamodule(cfg: DictConfig) -> ImageDataModule:
+    """The data module that all stages share, set up."""
+    data = instantiate(cfg.datamodule, _partial_=True)(source(cfg))
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+# -- networks -----------------------------------------------------------------------------
+
+
+def tokenizer(cfg: DictConfig, images: ImageSource, run: Run, device: str = "cpu") -> VQVAE:
+    """A new tokenizer, or the trained one that stage two alone continues from."""
+    if "tokenizer" in cfg.stages:
+        network = new_tokenizer(cfg, images, device)
+        warm_start_from(cfg.init_from, network, cfg.stages)
+    else:
+        own = run.path if (run.path / "tokenizer").is_dir() else None
+        paths = {"tokenizer_ckpt": cfg.tokenizer_ckpt, "run_dir": own, "init_from": cfg.init_from}
+        network = read_tokenizer(paths, cfg.scales.patch_nums)
+    if network.schedule != ScaleSchedule(cfg.scales.patch_nums):
         raise ValueError(
-            f"stages: expected [tokenizer,tokens,var] or some of them in this order, got "
-            f"{list(cfg.stages)}"
+            f"tokenizer_ckpt: the tokenizer has scales {network.schedule.patch_nums}, this run "
+            f"{cfg.scales.patch_nums}; set scales.patch_nums or use another tokenizer"
         )
-    if cfg.tokenizer_ckpt and "tokenizer" in cfg.stages:
+    channels = network.encoder.spec["in_channels"]
+    if channels != images.channels:
         raise ValueError(
-            f"tokenizer_ckpt: {cfg.tokenizer_ckpt!r} would be ignored, since stages has the "
-            f"tokenizer; use 'stages=[var]' to train on it, or leave it out"
+            f"tokenizer_ckpt: the tokenizer is for images of {channels} channels, those of "
+            f"{images.name} have {images.channels}; choose another data=... or another tokenizer"
         )
+    network.schedule.check_image(images.image_size, network.encoder.stride)
+    return network
 
 
-def check_tokens(cfg: DictConfig) -> None:
-    for name in ("views", "batch_size"):
-        if cfg.tokens[name] < 1:
-            raise ValueError(
-                f"tokens: {name} must be at least 1, got {cfg.tokens[name]} (tokens.{name})"
-            )
-    corrupt = cfg.model.var.module.get("corrupt", 0)
-    if "tokens" in cfg.stages and corrupt > 0:
-        raise ValueError(
-            f"tokens: model.var.module.corrupt={corrupt} chooses codes anew, which takes the "
-            f"images; set it to 0, or leave tokens out of stages, now {list(cfg.stages)}"
-        )
-
-
-def check_evaluation(cfg: DictConfig) -> None:
-    counts = {name: cfg.evaluation[name] for name in ("num_samples", "num_samples_val")}
-    smallest = max(2, cfg.evaluation.scores.num_neighbours + 1)
-    if min(counts.values()) < smallest or cfg.evaluation.batch_size < 1:
-        raise ValueError(
-            f"evaluation: expected at least {smallest} samples to score (precision and recall need "
-            f"more than evaluation.scores.num_neighbours) and a batch_size of at least 1, got "
-            f"{counts} and {cfg.evaluation.batch_size}"
-        )
-    check_interval(cfg.evaluation.every_n_batches, cfg.evaluation.every_n_epochs)
-    ScoreSettings(**cfg.evaluation.scores).check()
-
-
-def check_reference(cfg: DictConfig) -> None:
-    reference = cfg.evaluation.reference
-    if reference and not Path(reference).is_file():
-        raise ValueError(f"evaluation: there is no file {reference!r} (evaluation.reference=PATH)")
-
-
-def check_threads(cfg: DictConfig) -> None:
-    if cfg.num_threads is not None and not 1 <= cfg.num_threads <= MAX_THREADS:
-        raise ValueError(
-            f"num_threads: expected 1 to {MAX_THREADS}, or null for one on each core, got "
-            f"{cfg.num_threads}"
+def new_tokenizer(cfg: DictConfig, images: ImageSource, device: str = "cpu") -> VQVAE:
+    """A tokenizer with fresh weights."""
+    torch.manual_seed(cfg.seed)
+    with torch.device(device):
+        return instantiate(
+            cfg.tokenizer,
+            encoder={"in_channels": images.channels},
+            decoder={"out_channels": images.channels},
+            _convert_="all",
         )
 
 
-def check_objective(cfg: DictConfig) -> None:
-    stages = trained(cfg)
-    if cfg.objective and cfg.objective.partition("/")[0] not in stages:
-        raise ValueError(
-            f"objective: expected a metric of one of the stages {stages}, such as "
-            f"{(stages or TRAINED)[-1]}/loss, got {cfg.objective!r}"
+def transformer(cfg: DictConfig, images: ImageSource, codes: VQVAE, device: str = "cpu") -> VAR:
+    """A new transformer over the codes of a tokenizer."""
+    torch.manual_seed(cfg.seed)
+    with torch.device(device):
+        network = instantiate(
+            cfg.transformer,
+            vocab_size=codes.quantizer.vocab_size,
+            code_dim=codes.quantizer.code_dim,
+            num_classes=images.num_classes,
+            _convert_="all",
         )
+    warm_start_from(cfg.init_from, network, cfg.stages)
+    return network
 
 
-def check_frozen(cfg: DictConfig) -> None:
-    frozen = cfg.model.tokenizer.module.freeze if "tokenizer" in cfg.stages else None
-    if frozen and not cfg.init_from:
-        raise ValueError(
-            f"model.tokenizer: freeze {list(frozen)} would keep what nobody trained; name what it "
-            f"starts from (init_from=PATH), or freeze nothing (model.tokenizer.module.freeze=[])"
-        )
+def modules(cfg: DictConfig, images: ImageSource, codes: VQVAE) -> dict[str, StageModule]:
+    """The LightningModules of the stages that train, in order."""
+    networks: dict[str, dict[str, nn.Module]] = {"tokenizer": {"tokenizer": codes}}
+    if "var" in cfg.stages:
+        networks["var"] = {"tokenizer": codes, "transformer": transformer(cfg, images, codes)}
+    return {stage: module(cfg.model[stage], networks[stage]) for stage in trained(cfg)}
 
 
-def check_parts(cfg: DictConfig) -> None:
-    """Raise what callbacks and loggers raise that cannot be made.
+def module(model: DictConfig, networks: Mapping[str, nn.Module]) -> StageModule:
+    """The LightningModule of a stage.
 
-    Those that are completed with the evaluator later are only looked at: it is made last.
+    Args:
+        model: its part of the configuration, such as `cfg.model.var`.
+        networks: of the stage, by argument.
     """
-    for entry in cfg.logger.values():
-        instantiate(entry)
-    for stage in trained(cfg):
-        for name, entry in cfg.callbacks[stage].items():
-            made, key = instantiate(entry), f"callbacks.{stage}.{name}"
-            check_part(made, Callback, key, None)
-            target = getattr(made, "func", None)
-            if inspect.isclass(target) and issubclass(target, EvaluationCallback):
-                check_interval(entry.get("every_n_batches"), entry.get("every_n_epochs"), key)
+    return instantiate(model.module, _partial_=True, _convert_="all")(**networks)
 
 
-CHOICES = (
-    check_stages,
-    check_tokens,
-    check_evaluation,
-    check_reference,
-    check_objective,
-    check_frozen,
-    check_threads,
-    check_parts,
-    lambda cfg: check_tasks(cfg.trainer.devices, cfg.trainer.num_nodes),
-    lambda cfg: check_precision(cfg.trainer.precision),
-    lambda cfg: check_settings(**cfg.sampling, seed=cfg.seed),
-)
+# -- stages -------------------------------------------------------------------------------
 
 
-def course(cfg: DictConfig, stage: str, source: ImageSource) -> dict[str, Any]:
-    """What decides a stage's batches, and whether it goes on: arguments of `fit_stage`."""
+def trainer(cfg: DictConfig) -> Callable[..., Any]:
+    """What returns a Trainer, when a stage calls it with its own arguments."""
+    return instantiate(cfg.trainer, **given_by_torchrun(), _partial_=True)
+
+
+def num_devices(cfg: DictConfig) -> tuple[int, int]:
+    """Return the devices of a machine and the machines that this run takes."""
+    return fit.num_devices(trainer(cfg))
+
+
+def stages(cfg: DictConfig, data: ImageDataModule, codes: VQVAE, run: Run) -> list[Stage]:
+    """All stages, in order. They share the tokenizer, which the first one trains in place."""
+    built: dict[str, Stage] = {
+        stage: TrainingStage(
+            trained_module,
+            data,
+            trainer(cfg),
+            run.path,
+            schedule(cfg, stage, data.source),
+            callbacks=[instantiate(c) for c in cfg.callbacks[stage].values()],
+            loggers=[instantiate(c) for c in cfg.logger.values()],
+            config=plain(cfg),
+            resume=run.resume,
+            signals=signals.handler(),
+        )
+        for stage, trained_module in modules(cfg, data.source, codes).items()
+    }
+    if "tokens" in cfg.stages:
+        built["tokens"] = encoding(cfg, data, codes, run)
+        built["tokens"].reader = built.get("var")
+    return [built[stage] for stage in cfg.stages]
+
+
+def encoding(cfg: DictConfig, data: ImageDataModule, codes: VQVAE, run: Run) -> EncodingStage:
+    """The stage between the two, which encodes no more views than stage two has epochs."""
+    folder = Path(cfg.tokens.dir or run.path / "tokens")
+    ours = schedule(cfg, "var", data.source)
+    num_images = ours.batch_size * ours.num_batches
+    epochs = num_epochs(data.source, num_images) if data.source.varies else 1
+    return EncodingStage(
+        codes,
+        data,
+        trainer(cfg),
+        folder,
+        OmegaConf.to_container(cfg.data, resolve=True),
+        num_views=min(cfg.tokens.views, max(1, epochs)),
+        batch_size=cfg.tokens.batch_size,
+        is_pretrained="tokenizer" not in cfg.stages,
+        is_owned=run.path.resolve() in folder.resolve().parents,
+        restarts=run.resume == "never",
+        signals=signals.handler(),
+    )
+
+
+def schedule(cfg: DictConfig, stage: str, images: ImageSource) -> StageSchedule:
+    """The lengths of a stage, in batches."""
     model = cfg.model[stage]
     num_batches = model.num_batches
     if (num_batches is None) == (model.epochs is None):
@@ -161,169 +191,79 @@ def course(cfg: DictConfig, stage: str, source: ImageSource) -> dict[str, Any]:
             f"{num_batches} and {model.epochs} (model.{stage}.num_batches, model.{stage}.epochs)"
         )
     if num_batches is None:
-        num_batches = math.ceil(model.epochs * math.ceil(len(source.train) / model.batch_size))
-    return {
-        "batch_size": model.batch_size,
-        "num_batches": num_batches,
-        "val_every": model.val_every,
-        "seed": cfg.seed,
-        "resume": cfg.resume,
-        "save_every": model.save_every,
-        "views": views_of(cfg, source, model.batch_size * num_batches) if stage == "var" else ALL,
-    }
+        num_batches = math.ceil(model.epochs * math.ceil(len(images.train) / model.batch_size))
+    views = ALL
+    if stage == "var" and "tokens" in cfg.stages and images.varies:
+        epochs = num_epochs(images, model.batch_size * num_batches)
+        views = cfg.tokens.views if cfg.tokens.views < epochs else ALL
+    return StageSchedule(
+        model.batch_size, num_batches, model.val_every, cfg.seed, model.save_every, views
+    )
 
 
-def views_of(cfg: DictConfig, source: ImageSource, num_seen: int) -> int | str:
-    """How many views each training image has: "all" where every epoch has its own, or needs none.
+def num_epochs(images: ImageSource, num_images: int) -> int:
+    """The epochs that so many training images begin."""
+    return math.ceil(num_images / len(images.train))
 
-    Args:
-        num_seen: images that stage two sees, one as often as it comes.
+
+# -- evaluation ---------------------------------------------------------------------------
+
+
+def evaluator(cfg: DictConfig, images: ImageSource, run: Run) -> Evaluator:
+    """What measures and draws the networks of this run.
+
+    Built last: a classifier may be trained and written here, which no mistake may come after.
     """
-    cached = "tokens" in cfg.stages and source.varies
-    return cfg.tokens.views if cached and cfg.tokens.views < epochs(source, num_seen) else ALL
-
-
-def epochs(source: ImageSource, num_images: int) -> int:
-    """The epochs that so many images begin."""
-    return math.ceil(num_images / len(source.train))
-
-
-def make_data(cfg: DictConfig) -> ImageDataModule:
-    source = instantiate(cfg.data, _convert_="all")
-    data = instantiate(cfg.datamodule, _partial_=True)(source)
-    data.prepare_data()
-    data.setup()
-    return data
-
-
-def make_tokenizer(
-    cfg: DictConfig, source: ImageSource, run_dir: Path, device: str = "cpu"
-) -> VQVAE:
-    """A new tokenizer, or the one that stage two alone continues from."""
-    if "tokenizer" in cfg.stages:
-        tokenizer = new_tokenizer(cfg, source, device)
-        warm_start_from(cfg.init_from, tokenizer, cfg.stages)
-    else:
-        own = run_dir if (run_dir / "tokenizer").is_dir() else None
-        places = {"tokenizer_ckpt": cfg.tokenizer_ckpt, "run_dir": own, "init_from": cfg.init_from}
-        tokenizer = read_tokenizer(places, cfg.scales.patch_nums)
-    if tokenizer.schedule != ScaleSchedule(cfg.scales.patch_nums):
-        raise ValueError(
-            f"tokenizer_ckpt: the tokenizer has scales {tokenizer.schedule.patch_nums}, this run "
-            f"{cfg.scales.patch_nums}; set scales.patch_nums or use another tokenizer"
-        )
-    channels = tokenizer.encoder.spec["in_channels"]
-    if channels != source.channels:
-        raise ValueError(
-            f"tokenizer_ckpt: the tokenizer is for images of {channels} channels, those of "
-            f"{source.name} have {source.channels}; choose another data=... or another tokenizer"
-        )
-    tokenizer.schedule.check_image(source.image_size, tokenizer.encoder.stride)
-    return tokenizer
-
-
-def new_tokenizer(cfg: DictConfig, source: ImageSource, device: str) -> VQVAE:
-    torch.manual_seed(cfg.seed)
-    with torch.device(device):
-        return instantiate(
-            cfg.tokenizer,
-            encoder={"in_channels": source.channels},
-            decoder={"out_channels": source.channels},
-            _convert_="all",
-        )
-
-
-def make_modules(cfg: DictConfig, source: ImageSource, tokenizer: VQVAE) -> dict[str, StageModule]:
-    """The stages' modules, in order. They share the tokenizer, which stage one trains in place."""
-    networks: dict[str, dict[str, nn.Module]] = {"tokenizer": {"tokenizer": tokenizer}}
-    if "var" in cfg.stages:
-        networks["var"] = {
-            "tokenizer": tokenizer,
-            "transformer": make_transformer(cfg, source, tokenizer),
-        }
-    return {stage: make_module(cfg, stage, networks[stage]) for stage in trained(cfg)}
-
-
-def place_of_tokens(cfg: DictConfig, run_dir: Path) -> Path:
-    return Path(cfg.tokens.dir or run_dir / "tokens")
-
-
-def make_cache(
-    cfg: DictConfig, data: ImageDataModule, tokenizer: VQVAE, run_dir: Path, known: bool
-) -> TokenCache:
-    """The files of the codes that stage two trains from, which need not be there.
-
-    It has no more views than stage two has epochs, and one where all epochs are alike.
-
-    Args:
-        known: whether the tokenizer is the one that encodes, or only one like it.
-    """
-    source, ours = data.source, course(cfg, "var", data.source)
-    begun = epochs(source, ours["batch_size"] * ours["num_batches"]) if source.varies else 1
-    described = OmegaConf.to_container(cfg.data, resolve=True)
-    fingerprint = tokenizer.fingerprint() if known else None
-    key = cache_key(source, described, data.seed, tokenizer, fingerprint)
-    return TokenCache(place_of_tokens(cfg, run_dir), key, min(cfg.tokens.views, max(1, begun)))
-
-
-def make_module(cfg: DictConfig, stage: str, networks: Mapping[str, nn.Module]) -> StageModule:
-    return instantiate(cfg.model[stage].module, _partial_=True, _convert_="all")(**networks)
-
-
-def make_transformer(
-    cfg: DictConfig, source: ImageSource, tokenizer: VQVAE, device: str = "cpu"
-) -> VAR:
-    torch.manual_seed(cfg.seed)
-    with torch.device(device):
-        transformer = instantiate(
-            cfg.transformer,
-            vocab_size=tokenizer.quantizer.vocab_size,
-            code_dim=tokenizer.quantizer.code_dim,
-            num_classes=source.num_classes,
-            _convert_="all",
-        )
-    warm_start_from(cfg.init_from, transformer, cfg.stages)
-    return transformer
-
-
-def make_evaluator(cfg: DictConfig, source: ImageSource, run_dir: Path) -> Evaluator:
     chosen = cfg.evaluation
-    settings = {
-        "num_samples": chosen.num_samples,
-        "num_samples_per_scale": chosen.num_samples_per_scale,
-        "batch_size": chosen.batch_size,
-        "seed": cfg.seed,
-        "reference": chosen.reference,
-        "num_reference": chosen.num_reference,
-        "cache": chosen.cache,
-        "score_settings": ScoreSettings(**chosen.scores),
-    }
-    sampling = OmegaConf.to_container(cfg.sampling, resolve=True)
-    # Last: the classifier is trained and written here, which no mistake above may come after.
-    network = make_network(cfg, run_dir, source)
-    return Evaluator(source, network, sampling, **settings)
+    return Evaluator(
+        images,
+        feature_network(cfg, run.path, images),
+        OmegaConf.to_container(cfg.sampling, resolve=True),
+        num_samples=chosen.num_samples,
+        num_samples_per_scale=chosen.num_samples_per_scale,
+        batch_size=chosen.batch_size,
+        seed=cfg.seed,
+        reference=chosen.reference,
+        num_reference=chosen.num_reference,
+        cache=chosen.cache,
+        score_settings=ScoreSettings(**chosen.scores),
+    )
 
 
-def make_network(
-    cfg: DictConfig, run_dir: Path | None, source: ImageSource | None
+def feature_network(
+    cfg: DictConfig, run_dir: Path | None, images: ImageSource | None
 ) -> FeatureNetwork:
     """The network whose features samples are compared in; the run's classifier is trained for it.
 
     Args:
-        run_dir, source: of the run whose samples they are, None where it is not known.
+        run_dir, images: of the run whose samples they are, None where it is not known.
     """
     make = instantiate(cfg.evaluation.network)
-    given = run_dir and run_dir / "evaluation" / "classifier.pt", source
-    check_part(make, FeatureNetwork, "evaluation.network", *given)
-    return make(*given)
+    arguments = run_dir and run_dir / "evaluation" / "classifier.pt", images
+    check_part(make, FeatureNetwork, "evaluation.network", *arguments)
+    return make(*arguments)
 
 
-def make_trainer(cfg: DictConfig) -> Callable[..., Any]:
-    return instantiate(cfg.trainer, **given_by_torchrun(), _partial_=True)
+# -- parts that are read from files of others ----------------------------------------------
+
+PERCEPTUAL = "model.tokenizer.module.loss.perceptual"
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration of the run, as plain data."""
-    return OmegaConf.to_container(
-        OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True
-    )
+def parts_from_files(cfg: DictConfig) -> dict[str, Callable[[], object]]:
+    """What makes each part of a training that is read from a file of others, by its key."""
+    keys = [PERCEPTUAL, "adversary"] if "tokenizer" in cfg.stages else []
+    chosen = {key: OmegaConf.select(cfg, key) for key in keys}
+    parts = {key: functools.partial(instantiate, c) for key, c in chosen.items() if c is not None}
+    if "weights" in cfg.evaluation.network:  # others are trained on the images
+        parts["evaluation.network"] = lambda: instantiate(cfg.evaluation.network)(None, None)
+    return parts
+
+
+def without_parts(cfg: DictConfig, keys: Iterable[str]) -> DictConfig:
+    """The composition without some of those parts."""
+    cfg = cfg.copy()
+    for key in keys:
+        OmegaConf.update(cfg, key, None)
+        if key == PERCEPTUAL:
+            cfg.model.tokenizer.module.loss.lpips = 0
+    return cfg

@@ -1,7 +1,11 @@
 """What a user reads of an exception: one line, and where the value was given."""
 
+import os
+
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+
+from var_exp.distributed.collectives import is_distributed
 
 WRONG_ARGUMENTS = ("unexpected keyword argument", "required positional argument")
 FULL_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
@@ -42,3 +46,13 @@ def first_cause(error: BaseException) -> str:
     if any(line.startswith("Original Traceback") for line in lines):
         lines = [lines[-1].partition(": ")[2]]
     return " ".join([*lines, *(f"({line})" for line in where)])
+
+
+def should_report() -> bool:
+    """Whether this process says what went wrong.
+
+    Before processes have met, all of a machine make the same mistake, and its first one says so.
+    """
+    names = ("LOCAL_RANK", "SLURM_LOCALID")
+    local_rank = int(next((os.environ[name] for name in names if name in os.environ), 0))
+    return local_rank == 0 or is_distributed()

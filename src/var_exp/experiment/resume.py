@@ -7,11 +7,20 @@ or of micro-batches: they train the same, but dropout and dropped labels are dra
 how blocks are computed, which rounds otherwise.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from var_exp.distributed.launch import is_started_again, name_of_start
+from var_exp.experiment.errors import first_cause
+from var_exp.io.environment import environment
+from var_exp.io.files import replacing
 
 # Of the configuration, what does not change what is trained, by the beginning of the key.
 FREE = (
@@ -121,3 +130,40 @@ def is_begun_anew(run_dir: Path) -> bool:
     """Whether this is another start of the job that began a run folder anew: now it goes on."""
     path = run_dir / ANEW
     return is_started_again() and path.exists() and path.read_text() == name_of_start()
+
+
+# -- the record of a run ----------------------------------------------------------------
+
+
+def write_record(config: DictConfig, run_dir: Path) -> None:
+    """Write what Hydra keeps under `.hydra`, in its form.
+
+    Not by Hydra, which writes before the job starts: a refused run would replace the record of
+    the run whose folder it names.
+    """
+    hydra = HydraConfig.get()
+    folder = run_dir / ".hydra"
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, folder / "config.yaml")
+    OmegaConf.save({"hydra": hydra}, folder / "hydra.yaml")
+    OmegaConf.save(hydra.overrides.task, folder / "overrides.yaml")
+    with replacing(run_dir / "environment.json") as unfinished:
+        unfinished.write_text(json.dumps(environment(), indent=2) + "\n")
+
+
+def read_record(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configuration and the environment that a run was started with, as plain data.
+
+    Raises:
+        ValueError: they are missing, or cannot be read.
+    """
+    path = run_dir / ".hydra" / "config.yaml"
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        return config, json.loads((run_dir / "environment.json").read_text())
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(
+            f"resume: {str(run_dir)!r} has checkpoints, but not what they were trained with ("
+            f"{first_cause(error)}); begin a new run folder where this one is (resume={run_dir} "
+            f"with a new run_dir), or anew (resume=never)"
+        ) from None

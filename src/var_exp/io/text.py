@@ -14,10 +14,13 @@ def table(title: str, rows: Mapping[str, object]) -> str:
     """A short two-column table for the end of a job."""
     width = max(len(name) for name in rows)
     lines = [title, "-" * max(len(title), width + 12)]
-    return "\n".join(lines + [f"{name:<{width}}  {_cell(value)}" for name, value in rows.items()])
+    return "\n".join(
+        lines + [f"{name:<{width}}  {describe(value)}" for name, value in rows.items()]
+    )
 
 
-def _cell(value: object) -> str:
+def describe(value: object) -> str:
+    """A value in four digits, where it is a float."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

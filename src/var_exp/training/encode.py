@@ -10,6 +10,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from var_exp.data import ImageDataModule, ImageSource, TokenCache
-from var_exp.data.tokens.cache import ROWS, Part
+from var_exp.data.tokens.cache import ROWS, Part, forget_codes
 from var_exp.distributed.collectives import (
     barrier,
     from_first,
@@ -27,15 +30,83 @@ from var_exp.distributed.collectives import (
     rank,
     world_size,
 )
-from var_exp.distributed.signals import Interrupted, Interruption
+from var_exp.distributed.signals import Interrupted, Interruption, is_started_first
+from var_exp.evaluation.evaluator import Evaluator
 from var_exp.evaluation.reference import data_fingerprint
 from var_exp.evaluation.samples.draw import device_of
-from var_exp.io.text import amount
+from var_exp.io.lock import locked
+from var_exp.io.text import amount, shown_path
 from var_exp.tokenizer import VQVAE
-from var_exp.training.fit import own_signals, quiet
+from var_exp.training.fit import TrainingStage, own_signals, quiet
 
 PLACES = ("root", "download")  # of a description of images: where they are, not which
 SECONDS = 10.0  # at least, between two lines of progress in a log file
+
+
+@dataclass
+class EncodingStage:
+    """The stage `tokens`: encodes the images that the next stage trains from.
+
+    Args:
+        tokenizer: encodes; may still have to be trained by an earlier stage.
+        data: serves the images, and afterwards their codes.
+        trainer: returns the Trainer whose processes and devices share the work.
+        folder: of the codes.
+        description: configuration of the images, as plain data.
+        num_views: augmentations of each training image that are encoded.
+        batch_size: images that a device encodes at once.
+        is_pretrained: whether the tokenizer is final already.
+        is_owned: whether the folder belongs to this run alone, so that a restart deletes it.
+        restarts: whether this run starts over.
+        reader: the stage that trains from the codes; for one that is finished none are made.
+        signals: those of this process.
+    """
+
+    tokenizer: VQVAE
+    data: ImageDataModule
+    trainer: Callable[..., L.Trainer]
+    folder: Path
+    description: Mapping[str, Any]
+    num_views: int = 1
+    batch_size: int = 64
+    is_pretrained: bool = True
+    is_owned: bool = True
+    restarts: bool = False
+    reader: TrainingStage | None = None
+    signals: Interruption | None = None
+    name = "tokens"
+
+    def __str__(self) -> str:
+        return f"{self.name} (into {shown_path(self.folder.resolve())})"
+
+    def cache(self, is_pretrained: bool = True) -> TokenCache:
+        """The files of the codes, which need not be there."""
+        fingerprint = self.tokenizer.fingerprint() if is_pretrained else None
+        source = self.data.source
+        key = cache_key(source, self.description, self.data.seed, self.tokenizer, fingerprint)
+        return TokenCache(self.folder, key, self.num_views)
+
+    def check(self, num_processes: int = 1) -> None:
+        """Raise ValueError where the folder holds other codes, as far as that is known yet."""
+        if not (self.restarts and self.is_owned):
+            self.cache(self.is_pretrained).check()
+
+    def restart(self) -> None:
+        """Delete the codes of this run."""
+        if self.is_owned:
+            forget_codes(self.folder)
+
+    def run(self, evaluator: Evaluator) -> None:
+        """Encode what is missing, and let the data module serve codes."""
+        cache = self.cache()
+        is_complete = cache.is_complete()
+        if self.reader is not None and self.reader.is_finished and not is_complete:
+            return
+        writes = is_started_first() and not is_complete
+        with locked(self.folder, "tokens.dir=...") if writes else nullcontext():
+            encode_stage(
+                self.tokenizer, self.data, self.trainer, cache, self.batch_size, self.signals
+            )
 
 
 def cache_key(

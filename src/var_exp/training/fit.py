@@ -1,9 +1,11 @@
-"""Run one stage: loops, checkpoints, bars, and how long it took."""
+"""A stage of training: its schedule, its loop with checkpoints and loggers, and its result."""
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 
 from var_exp.data import ImageDataModule
 from var_exp.distributed.signals import Interruption, is_started_first
+from var_exp.evaluation.evaluator import Evaluator
 from var_exp.training.callbacks.batch_counter import BatchProgress
 from var_exp.training.callbacks.checkpointing import Checkpoints, SealedFiles
 from var_exp.training.callbacks.progress_bar import progress_bar
@@ -46,6 +49,111 @@ VIEWS, ALL = "tokens.views", "all"
 PRECISIONS = ("32-true", "bf16-mixed")
 
 
+class StageSchedule(NamedTuple):
+    """What the batches of a stage depend on, and when it validates and saves.
+
+    Attributes:
+        batch_size: images of a global batch.
+        num_batches: length of the stage.
+        val_every: batches between validations.
+        seed: with the batch number and the rank decides every random draw.
+        save_every: batches between checkpoints besides those at validations; None: none.
+        views: augmentations of each training image; "all" where every epoch has its own.
+    """
+
+    batch_size: int
+    num_batches: int
+    val_every: int
+    seed: int
+    save_every: int | None = None
+    views: int | str = ALL
+
+    @property
+    def plan(self) -> dict[str, int | str]:
+        """What a batch depends on besides its number: a run resumes under the same plan only."""
+        lengths = {"batch_size": self.batch_size, "num_batches": self.num_batches}
+        return {"seed": self.seed, **lengths, VIEWS: self.views}
+
+
+class StageResult(NamedTuple):
+    """The final metrics of a stage, without its name, and how they were obtained."""
+
+    metrics: dict[str, float]
+    protocol: dict[str, Any]
+
+
+@dataclass
+class TrainingStage:
+    """A stage that trains one network, with all that it needs.
+
+    Args:
+        module, data: what is trained, and on which images.
+        trainer: returns the Trainer; called with the arguments that the stage decides.
+        run_dir: checkpoints go to `run_dir / name`, pictures of the result to `run_dir / samples`.
+        schedule: lengths of the stage.
+        callbacks: further callbacks; one that needs the evaluator is a `functools.partial`.
+        loggers: see `fit_stage`.
+        config: see `fit_stage`.
+        resume: see `var_exp.training.resume.earlier`.
+        signals: those of this process.
+    """
+
+    module: StageModule
+    data: ImageDataModule
+    trainer: Callable[..., L.Trainer]
+    run_dir: Path
+    schedule: StageSchedule
+    callbacks: Sequence[Callback | Callable[[Evaluator], Callback]] = ()
+    loggers: Sequence[Callable[..., Logger]] = ()
+    config: Mapping[str, Any] | None = None
+    resume: str = "auto"
+    signals: Interruption | None = None
+    is_finished: bool = field(default=False, init=False)
+
+    @property
+    def name(self) -> str:
+        return self.module.stage
+
+    def __str__(self) -> str:
+        schedule = self.schedule
+        return f"{self.name} ({schedule.num_batches:,} batches of {schedule.batch_size} images)"
+
+    def check(self, num_processes: int = 1) -> None:
+        """Find what training would refuse, and whether it is finished; nothing is written.
+
+        Raises:
+            ValueError: see `check_stage`; or the processes cannot share a batch evenly.
+        """
+        found = check_stage(self.module, self.run_dir, self.schedule, self.resume)
+        self.is_finished = found is not None and is_finished(found.content)
+        check_batch_divides(self.name, self.schedule.batch_size, num_processes)
+
+    def restart(self) -> None:
+        """Delete what the stage left in the run folder."""
+        forget(self.run_dir, self.name)
+
+    def run(self, evaluator: Evaluator) -> StageResult:
+        """Train, and measure the best weights."""
+        callbacks = [
+            c(evaluator) if isinstance(c, functools.partial) else c for c in self.callbacks
+        ]
+        fitted = fit_stage(
+            self.module,
+            self.data,
+            self.trainer,
+            self.schedule,
+            run_dir=self.run_dir,
+            callbacks=callbacks,
+            loggers=self.loggers,
+            config=self.config,
+            resume=self.resume,
+            signals=self.signals,
+        )
+        scores = self.module.final_scores(evaluator, self.run_dir / "samples")
+        metrics = fitted.metrics | scores | {"seconds": fitted.seconds}
+        return StageResult(metrics, self.module.protocol(evaluator))
+
+
 class Fitted(NamedTuple):
     """metrics: validation figures of the best weights, without `val/`.
 
@@ -60,44 +168,35 @@ def fit_stage(
     module: StageModule,
     datamodule: ImageDataModule,
     trainer: Callable[..., L.Trainer],
+    schedule: StageSchedule,
     *,
     run_dir: Path,
-    batch_size: int,
-    num_batches: int,
-    val_every: int,
-    seed: int,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Callable[..., Logger]] = (),
     config: Mapping[str, Any] | None = None,
     resume: str = "auto",
-    save_every: int | None = None,
-    views: int | str = ALL,
-    interruption: Interruption | None = None,
+    signals: Interruption | None = None,
 ) -> Fitted:
-    """Train a module for `num_batches` global batches; leave its network with the best weights.
+    """Train a module; leave its network with the best weights that were validated.
 
-    The best of those that were validated; the moving average where the module keeps one.
+    These are of the moving average where the module keeps one.
 
     Args:
-        trainer: called with what this function decides, gives the Trainer.
+        trainer: returns the Trainer; called with the arguments that this function decides.
+        schedule: lengths of the stage.
         run_dir: checkpoints go to `run_dir / module.stage`.
-        val_every: batches between validations.
-        seed: with the batch number and rank decides every random draw.
         loggers: each called with `save_dir` and `version`. None of them ends a run by failing.
-        config: of the whole run, as plain data: told to the loggers.
-        resume: what to go on from, see `var_exp.training.resume.earlier`.
-        save_every: batches between checkpoints besides those at validations.
-        views: how many each training image has, "all" where every epoch has its own.
-        interruption: the signals of this process; None where nobody minds them.
+        config: of the whole run, as plain data, for the loggers.
+        resume: what to resume from, see `var_exp.training.resume.earlier`.
+        signals: those of this process.
 
     Raises:
         ValueError: a length below 1, an unknown `resume`, a checkpoint that does not fit.
         Interrupted: a signal came; what was trained is saved.
     """
     folder = run_dir / module.stage
-    lengths = (batch_size, num_batches, val_every)
-    found = check_stage(module, run_dir, *lengths, seed, resume, save_every, views)
-    interruption = interruption or Interruption()
+    found = check_stage(module, run_dir, schedule, resume)
+    signals = signals or Interruption()
     if resume == "never" and is_started_first():
         forget(run_dir, module.stage)
     path, finished, seconds = None, False, 0.0
@@ -108,14 +207,14 @@ def fit_stage(
         path, finished = found.path, is_finished(found.content)
         seconds = progress_in(found.content)["seconds"]
         del found  # or the whole checkpoint would stay in memory
-    progress = BatchProgress(make_plan(seed, batch_size, num_batches, views))
-    datamodule.plan(batch_size, num_batches)
+    progress = BatchProgress(schedule.plan)
+    datamodule.plan(schedule.batch_size, schedule.num_batches)
     with quiet():
         runner = trainer(
             default_root_dir=folder,
             max_epochs=1,  # one Lightning epoch is the whole stage
             check_val_every_n_epoch=None,
-            val_check_interval=min(val_every, num_batches),
+            val_check_interval=min(schedule.val_every, schedule.num_batches),
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             logger=[Guarded(make, str(run_dir), module.stage) for make in loggers],
@@ -124,18 +223,19 @@ def fit_stage(
                 *([Monitor()] if loggers else []),  # before those that may take long
                 *callbacks,
                 progress_bar(module.stage),
-                Checkpoints(folder, *module.monitor, interruption, save_every),
+                Checkpoints(folder, *module.monitor, signals, schedule.save_every),
             ],
             plugins=[SealedFiles()],
         )
         check_precision(runner.precision)
-        check_share(module.stage, batch_size, runner)
+        num_processes = runner.num_devices * runner.num_nodes
+        check_batch_divides(module.stage, schedule.batch_size, num_processes)
         own_signals(runner)
         if not finished:
             if config:
                 for logger in runner.loggers:
                     logger.log_hyperparams(config)
-            with interruption.held():
+            with signals.held():
                 runner.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
             seconds = progress.seconds
             finish(runner.loggers)
@@ -148,38 +248,31 @@ def fit_stage(
 
 
 def check_stage(
-    module: StageModule,
-    run_dir: Path,
-    batch_size: int,
-    num_batches: int,
-    val_every: int,
-    seed: int,
-    resume: str = "auto",
-    save_every: int | None = None,
-    views: int | str = ALL,
+    module: StageModule, run_dir: Path, schedule: StageSchedule, resume: str = "auto"
 ) -> Found | None:
     """Find what `fit_stage` would refuse, as far as it can be known before earlier stages ran.
 
     Returns:
-        The checkpoint that the stage goes on from, if it does.
+        The checkpoint that the stage resumes from, if there is one.
 
     Raises:
         ValueError: see `fit_stage`.
     """
-    lengths = (batch_size, num_batches, val_every, 1 if save_every is None else save_every)
+    save_every = 1 if schedule.save_every is None else schedule.save_every
+    lengths = (*schedule[:3], save_every)
     if not all(isinstance(length, int) and length >= 1 for length in lengths):
         raise ValueError(
             f"model.{module.stage}: batch_size, num_batches and val_every must be at least 1, as "
-            f"save_every where it is not null, got {batch_size}, {num_batches}, {val_every} and "
-            f"{save_every}"
+            f"save_every where it is not null, got {schedule.batch_size}, {schedule.num_batches}, "
+            f"{schedule.val_every} and {schedule.save_every}"
         )
-    module.check_length(num_batches)
+    module.check_length(schedule.num_batches)
     module.check_optimizers()
     found = earlier(run_dir, module.stage, resume)
     if found is None:
         return None
     module.check_networks(found.content)
-    ours = make_plan(seed, batch_size, num_batches, views)
+    ours = schedule.plan
     theirs = {VIEWS: ALL} | progress_in(found.content)["plan"]  # before there were token caches
     for name, value in theirs.items():
         if ours[name] != value:
@@ -191,8 +284,12 @@ def check_stage(
     return found
 
 
-def idle_trainer(make: Callable[..., L.Trainer]) -> L.Trainer:
-    """A Trainer that tells the devices; raise ValueError for what Lightning refuses."""
+def num_devices(make: Callable[..., L.Trainer]) -> tuple[int, int]:
+    """Return the devices of a machine and the machines that a Trainer takes.
+
+    Raises:
+        ValueError: Lightning refuses an argument.
+    """
     try:
         with quiet():
             trainer = make(logger=False)
@@ -203,7 +300,7 @@ def idle_trainer(make: Callable[..., L.Trainer]) -> L.Trainer:
             f"trainer: expected a lightning Trainer, got a {type(trainer).__name__} "
             f"(trainer._target_)"
         )
-    return trainer
+    return trainer.num_devices, trainer.num_nodes
 
 
 def check_precision(precision: str) -> None:
@@ -215,23 +312,16 @@ def check_precision(precision: str) -> None:
         )
 
 
-def check_share(stage: str, batch_size: int, trainer: L.Trainer) -> None:
-    """Raise ValueError unless the processes of a Trainer can share a global batch evenly."""
-    devices, num_nodes = trainer.num_devices, trainer.num_nodes
-    if batch_size % (devices * num_nodes):
+def check_batch_divides(stage: str, batch_size: int, num_processes: int) -> None:
+    """Raise ValueError unless the processes can share a global batch evenly."""
+    if rest := batch_size % num_processes:
+        lower = batch_size - rest
+        near = f"{lower} or {lower + num_processes}" if lower else str(num_processes)
         raise ValueError(
             f"model.{stage}: the global batch of {batch_size} images does not divide by "
-            f"{devices * num_nodes} processes ({devices} devices x {num_nodes} machines); choose a "
-            f"multiple (model.{stage}.batch_size), or other trainer.devices and trainer.num_nodes"
+            f"{num_processes} processes; set model.{stage}.batch_size to {near}, or change "
+            f"trainer.devices or trainer.num_nodes"
         )
-
-
-def make_plan(
-    seed: int, batch_size: int, num_batches: int, views: int | str
-) -> dict[str, int | str]:
-    """What a batch depends on besides its number."""
-    lengths = {"batch_size": batch_size, "num_batches": num_batches}
-    return {"seed": seed, **lengths, VIEWS: views}
 
 
 def use_best_weights(module: StageModule, folder: Path) -> None:

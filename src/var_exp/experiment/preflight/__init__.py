@@ -1,7 +1,6 @@
 """The check before a big job (`python train.py check=true`); see docs/preflight.md."""
 
 from var_exp.experiment.preflight.check import preflight
-from var_exp.experiment.preflight.job import Job
 from var_exp.experiment.preflight.report import Findings
 
-__all__ = ["Findings", "Job", "preflight"]
+__all__ = ["Findings", "preflight"]

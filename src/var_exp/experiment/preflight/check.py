@@ -7,13 +7,18 @@ device; files that the run would read are read.
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 
 from var_exp.data import ImageSource
+from var_exp.data.workers import number_of_workers
+from var_exp.experiment import build
+from var_exp.experiment.config.checks import CHOICES
 from var_exp.experiment.preflight.images import Looked, balance_of, look
-from var_exp.experiment.preflight.job import Job
 from var_exp.experiment.preflight.report import Findings, balance_row, looked_row
 from var_exp.experiment.preflight.resources import (
     KEPT,
@@ -25,28 +30,37 @@ from var_exp.experiment.preflight.resources import (
     nearest,
 )
 from var_exp.experiment.preflight.stages import check_stages
+from var_exp.experiment.run import Run
 from var_exp.io.text import amount, table
 from var_exp.training.loggers.wandb import ContinuedWandbLogger, mode_of
 
 IMBALANCE = 10  # of the largest class to the smallest, from which on there is a warning
 
 
-def preflight(job: Job) -> Findings:
-    """Look at all of a job, print what it would take, and return what is wrong with it."""
+def preflight(cfg: DictConfig, run: Run) -> int:
+    """Look at all of a job, print what it would take and what is wrong with it.
+
+    Returns:
+        The exit code: 1 where there are errors.
+    """
+    if cfg.check not in (True, "all"):
+        raise ValueError(f"check: expected false, true or all, got {cfg.check!r}")
     found, checkpoints = Findings(), []
     with nothing_fetched(), warnings.catch_warnings(action="ignore"):
-        for check in job.choices:
-            found.attempt(check)
-        failed = {key for key, make in job.files.items() if found.attempt(make) is None}
-        devices = find_devices(job, found)
-        source = find_source(job, found)
+        for check in CHOICES:
+            found.attempt(check, cfg)
+        found.attempt(run.check_changes)
+        files = build.parts_from_files(cfg)
+        failed = {key for key, make in files.items() if found.attempt(make) is None}
+        devices = find_devices(OmegaConf.to_container(cfg.trainer, resolve=True), found)
+        source = find_source(cfg, found)
         if source is not None:
-            needs = check_stages(job, source, devices, failed, found)
+            needs = check_stages(cfg, run, source, devices, failed, found)
             checkpoints = [stage.checkpoint for stage in needs.values()]
-    check_machine(job, checkpoints, found)
+    check_machine(cfg, run.path, checkpoints, found)
     if source is not None and source.train is not None:
-        check_images(job, source, found)
-    return found
+        check_images(cfg, source, found)
+    return found.tell()
 
 
 class NotFetched(OSError):
@@ -67,16 +81,16 @@ def nothing_fetched() -> Iterator[None]:
         torch.hub.download_url_to_file = before
 
 
-def find_devices(job: Job, found: Findings) -> Devices:
+def find_devices(trainer: dict[str, Any], found: Findings) -> Devices:
     """What the Trainer is asked for; a single device where that is wrong."""
-    asked, here = job.trainer["accelerator"], torch.accelerator.device_count()
+    asked, here = trainer["accelerator"], torch.accelerator.device_count()
     if asked == "cpu" and here:
         found.warn(f"trainer: this machine has {here} GPUs, and trainer=... asks for the CPU")
     if asked != "cpu" and not here:
         found.warn(
             "trainer: this machine has no GPU, so whether the memory of one suffices is not known"
         )
-    devices = found.attempt(devices_of, job.trainer, 1 if asked == "cpu" else here)
+    devices = found.attempt(devices_of, trainer, 1 if asked == "cpu" else here)
     if devices is None:
         return Devices(1, 1)
     if asked != "cpu" and 0 < here < devices.each:
@@ -84,7 +98,7 @@ def find_devices(job: Job, found: Findings) -> Devices:
             f"trainer: expected at most the {here} GPUs of this machine, got {devices.each} "
             f"(trainer.devices)"
         )
-    if asked != "cpu" and not here and job.trainer["devices"] in ("auto", -1):
+    if asked != "cpu" and not here and trainer["devices"] in ("auto", -1):
         found.warn(
             "trainer: counted as one GPU a machine, since trainer.devices takes all there are "
             "and here is none; say trainer.devices=8"
@@ -92,9 +106,9 @@ def find_devices(job: Job, found: Findings) -> Devices:
     return devices
 
 
-def find_source(job: Job, found: Findings) -> ImageSource | None:
+def find_source(cfg: DictConfig, found: Findings) -> ImageSource | None:
     """The images, set up if they are there; None where they cannot be described."""
-    source = found.attempt(job.source)
+    source = found.attempt(build.source, cfg)
     if source is None:
         return None
     found.attempt(source.setup)
@@ -103,12 +117,15 @@ def find_source(job: Job, found: Findings) -> ImageSource | None:
     return source
 
 
-def check_machine(job: Job, checkpoints: Sequence[int], found: Findings) -> None:
+def check_machine(
+    cfg: DictConfig, run_dir: Path, checkpoints: Sequence[int], found: Findings
+) -> None:
     """Folders, disk and loggers, with a table."""
-    by_place = {nearest(folder): folder for folder in reversed(job.places)}  # each is said once
+    places = [run_dir, Path(cfg.runs_dir), Path(cfg.evaluation.cache)]
+    by_place = {nearest(folder): folder for folder in reversed(places)}  # each is said once
     for folder in by_place.values():
         found.attempt(check_writable, folder)
-    run_dir, rows = job.places[0], {}
+    rows: dict[str, object] = {}
     free, needed = free_bytes(run_dir), checkpoints_bytes(checkpoints)
     if checkpoints:
         rows["a checkpoint"] = ", ".join(map(amount, checkpoints))
@@ -121,13 +138,14 @@ def check_machine(job: Job, checkpoints: Sequence[int], found: Findings) -> None
                 f"{str(run_dir)!r}; make room, or choose another run_dir or runs_dir"
             )
     rows["free disk"] = f"{amount(free)} at {run_dir}"
-    for name, make in job.loggers.items():
+    for name, logger in cfg.logger.items():
+        make = instantiate(logger)
         if getattr(make, "func", None) is ContinuedWandbLogger:
             rows[f"logger {name}"] = mode_of(make.keywords)
     print(table("machine", rows), end="\n\n", flush=True)
 
 
-def check_images(job: Job, source: ImageSource, found: Findings) -> None:
+def check_images(cfg: DictConfig, source: ImageSource, found: Findings) -> None:
     """Counts, classes and a look at the images, with a table."""
     rows: dict[str, object] = {"classes": source.num_classes or "none: without classes"}
     for part in ("train", "val"):
@@ -147,9 +165,9 @@ def check_images(job: Job, source: ImageSource, found: Findings) -> None:
             look,
             source,
             part,
-            seed=job.seed,
-            num_workers=job.num_workers,
-            everything=job.everything,
+            seed=cfg.seed,
+            num_workers=number_of_workers(cfg.datamodule.num_workers),
+            everything=cfg.check == "all",
         )
         if looked is not None:
             rows[f"{part} files"] = looked_row(looked)

@@ -9,6 +9,7 @@ from var_exp.experiment.errors import first_cause
 from var_exp.experiment.preflight.images import Balance, Looked
 from var_exp.experiment.preflight.resources import Devices, Needs, Parameters
 from var_exp.io.text import amount
+from var_exp.training.fit import StageSchedule
 
 
 def millions(number: int) -> str:
@@ -24,15 +25,15 @@ def network_rows(parameters: dict[str, Parameters]) -> dict[str, str]:
     return rows
 
 
-def course_rows(
-    course: dict, devices: Devices, micro_batch: int | None, num_images: int | None
+def schedule_rows(
+    schedule: StageSchedule, devices: Devices, micro_batch: int | None, num_images: int | None
 ) -> dict[str, str]:
     """Batches, epochs and images seen; how a batch is shared out.
 
     Args:
         num_images: of an epoch; None where it is not known.
     """
-    batch_size, num_batches = course["batch_size"], course["num_batches"]
+    batch_size, num_batches = schedule.batch_size, schedule.num_batches
     share = batch_size // devices.total
     size = min(micro_batch or share, share)
     length = "not known without the images"
@@ -44,7 +45,7 @@ def course_rows(
         "images in a batch": f"{batch_size:,} = {devices.each} devices x {devices.num_nodes} "
         f"machines x {share:,}",
         "of a device": f"{math.ceil(share / size):,} micro-batches of up to {size:,}",
-        "validations": f"every {course['val_every']:,} batches",
+        "validations": f"every {schedule.val_every:,} batches",
     }
 
 

@@ -3,11 +3,12 @@
 from collections.abc import Collection
 from types import SimpleNamespace
 
+from omegaconf import DictConfig
 from torch import nn
 
 from var_exp.data import ImageDataModule, ImageSource
-from var_exp.experiment.preflight.job import Job
-from var_exp.experiment.preflight.report import Findings, course_rows, memory_rows, network_rows
+from var_exp.experiment import build
+from var_exp.experiment.preflight.report import Findings, memory_rows, network_rows, schedule_rows
 from var_exp.experiment.preflight.resources import (
     Devices,
     Needs,
@@ -18,8 +19,10 @@ from var_exp.experiment.preflight.resources import (
     parameters_of,
     ready,
 )
+from var_exp.experiment.run import Run
 from var_exp.io.text import amount, table
 from var_exp.tokenizer import VQVAE
+from var_exp.training import fit
 from var_exp.training.module import StageModule
 
 NETWORKS = {"tokenizer": ("tokenizer",), "var": ("tokenizer", "transformer")}  # of each stage
@@ -27,7 +30,12 @@ FULL = 0.9  # share of a device's memory from which on there is a warning
 
 
 def check_stages(
-    job: Job, source: ImageSource, devices: Devices, failed: Collection[str], found: Findings
+    cfg: DictConfig,
+    run: Run,
+    source: ImageSource,
+    devices: Devices,
+    failed: Collection[str],
+    found: Findings,
 ) -> dict[str, Needs]:
     """Build, check and measure all stages that can be, and print what they take.
 
@@ -35,76 +43,92 @@ def check_stages(
         source: set up, if it could be.
         failed: parts that are read from files and could not be.
     """
-    networks, needs = build_networks(job, source, found), {}
-    for stage in job.stages:
+    networks, needs = build_networks(cfg, run, source, found), {}
+    possible = build.without_parts(cfg, failed)
+    for stage in cfg.stages:
         if stage == "tokens" and "tokenizer" in networks and source.train is not None:
-            found.attempt(check_tokens, job, source, networks["tokenizer"], found)
+            found.attempt(check_tokens, cfg, run, source, networks["tokenizer"], found)
         if not set(NETWORKS.get(stage, ("unknown",))) <= set(networks):
             continue  # the reason was noted
         chosen = {name: networks[name] for name in NETWORKS[stage]}
-        module = found.attempt(job.module, stage, chosen, failed)
+        module = found.attempt(build.module, possible.model[stage], chosen)
         if module is not None:
-            needs[stage] = check_stage(job, source, devices, module, found)
+            needs[stage] = check_stage(cfg, run, source, devices, module, found)
     return {stage: value for stage, value in needs.items() if value is not None}
 
 
-def build_networks(job: Job, source: ImageSource, found: Findings) -> dict[str, nn.Module]:
+def build_networks(
+    cfg: DictConfig, run: Run, source: ImageSource, found: Findings
+) -> dict[str, nn.Module]:
     """Those that can be built, on the meta device."""
-    tokenizer = found.attempt(job.tokenizer, source)
+    tokenizer = found.attempt(build.tokenizer, cfg, source, run, "meta")
     if tokenizer is None:
-        tokenizer = found.attempt(job.new_tokenizer, source)
+        tokenizer = found.attempt(build.new_tokenizer, cfg, source, "meta")
     if tokenizer is None or tokenizer.image_size != source.image_size:
         return {}  # the reason was noted
     tokenizer.to("meta").fingerprint = lambda: "none"  # there is nothing to take one of
     networks = {"tokenizer": tokenizer}
-    if "var" in job.stages:
-        networks["transformer"] = found.attempt(job.transformer, source, tokenizer)
+    if "var" in cfg.stages:
+        networks["transformer"] = found.attempt(build.transformer, cfg, source, tokenizer, "meta")
     return {name: network for name, network in networks.items() if network is not None}
 
 
 def check_stage(
-    job: Job, source: ImageSource, devices: Devices, module: StageModule, found: Findings
+    cfg: DictConfig,
+    run: Run,
+    source: ImageSource,
+    devices: Devices,
+    module: StageModule,
+    found: Findings,
 ) -> Needs | None:
     """One stage, and the table of what it takes; None where its batches are wrong."""
     num_images = None if source.train is None else len(source.train)
-    # Without images the lengths of a course in epochs are meaningless, and all else is as it is.
+    # Without images the lengths of a schedule in epochs are meaningless, and all else is as it is.
     images = source if num_images else SimpleNamespace(train=range(1), varies=False)
-    course = found.attempt(job.course, module.stage, images)
-    if course is None:
+    schedule = found.attempt(build.schedule, cfg, module.stage, images)
+    if schedule is None:
         return None
-    found.attempt(job.check_stage, module, **course)
-    if num_images and course["batch_size"] > num_images:
+    found.attempt(fit.check_stage, module, run.path, schedule, run.resume)
+    if num_images and schedule.batch_size > num_images:
         found.warn(
-            f"model.{module.stage}: a batch of {course['batch_size']:,} has some of the "
+            f"model.{module.stage}: a batch of {schedule.batch_size:,} has some of the "
             f"{num_images:,} images more than once (model.{module.stage}.batch_size)"
         )
-    if not divides(course["batch_size"], devices, module.stage, found):
+    if not isinstance(schedule.batch_size, int) or schedule.batch_size < 1:
+        return None  # the reason was noted
+    try:
+        fit.check_batch_divides(module.stage, schedule.batch_size, devices.total)
+    except ValueError as error:
+        found.error(str(error))
         return None
     trained = ready(module)
     rows = network_rows(parameters_of(trained))
-    rows |= course_rows(course, devices, module.micro_batch, num_images)
+    rows |= schedule_rows(schedule, devices, module.micro_batch, num_images)
     needs = found.attempt(
         needs_of,
         trained,
         image_shape=(source.channels, *source.image_size),
-        share=course["batch_size"] // devices.total,
-        num_batches=course["num_batches"],
-        samples=job.samples,
-        precision=job.trainer["precision"],
-        accelerator=job.trainer["accelerator"],
+        share=schedule.batch_size // devices.total,
+        num_batches=schedule.num_batches,
+        samples=cfg.evaluation.batch_size,
+        precision=cfg.trainer.precision,
+        accelerator=cfg.trainer.accelerator,
     )
     if needs is not None:
         needs = needs.shared(devices)
-        memory = device_memory(job.trainer["accelerator"], devices.each)
+        memory = device_memory(cfg.trainer.accelerator, devices.each)
         rows |= memory_rows(needs, memory)
         check_memory(module, needs, memory, found)
     print(table(f"stage {module.stage}", rows), end="\n\n", flush=True)
     return needs
 
 
-def check_tokens(job: Job, source: ImageSource, tokenizer: VQVAE, found: Findings) -> None:
+def check_tokens(
+    cfg: DictConfig, run: Run, source: ImageSource, tokenizer: VQVAE, found: Findings
+) -> None:
     """The codes that stage two trains from, and the table of what they take."""
-    cache = job.cache(ImageDataModule(source, job.seed), tokenizer)
+    data = ImageDataModule(source, cfg.seed)
+    cache = build.encoding(cfg, data, tokenizer, run).cache(is_pretrained=False)
     found.attempt(cache.check)
     found.attempt(check_writable, cache.folder)
     free = free_bytes(cache.folder)
@@ -116,21 +140,6 @@ def check_tokens(job: Job, source: ImageSource, tokenizer: VQVAE, found: Finding
     }
     found.attempt(cache.check_room, cache.num_images, free)
     print(table("stage tokens", rows), end="\n\n", flush=True)
-
-
-def divides(batch_size: int, devices: Devices, stage: str, found: Findings) -> bool:
-    if not isinstance(batch_size, int) or batch_size < 1:
-        return False  # noted by the check of the course
-    if rest := batch_size % devices.total:
-        lower = batch_size - rest
-        near = f"{lower} or {lower + devices.total}" if lower else str(devices.total)
-        found.error(
-            f"model.{stage}: the global batch of {batch_size} images does not divide by "
-            f"{devices.total} processes ({devices.each} devices x {devices.num_nodes} machines); "
-            f"set model.{stage}.batch_size to {near}, or change trainer.devices or "
-            f"trainer.num_nodes"
-        )
-    return not rest
 
 
 def check_memory(module: StageModule, needs: Needs, memory: int | None, found: Findings) -> None:
