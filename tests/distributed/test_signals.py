@@ -13,13 +13,8 @@ import pytest
 from helpers.command import QUICK, ROOT, run
 from helpers.programs import Program, csv_rows
 from helpers.stages import assert_equal, weights
-from var_exp.distributed.signals import (
-    RESUMABLE,
-    SIGNALS,
-    Interrupted,
-    Interruption,
-    is_started_first,
-)
+from var_exp.distributed.rank import is_main_process
+from var_exp.distributed.signals import RESUMABLE, SIGNALS, Interrupted, Interruption
 from var_exp.io.lock import locked
 
 each_signal = pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
@@ -115,14 +110,16 @@ def test_a_signal_that_was_lost_in_a_destructor_ends_the_program_at_the_next_blo
     ("environment", "first"),
     [({}, True), ({"LOCAL_RANK": "1"}, False), ({"RANK": "0", "LOCAL_RANK": "1"}, True)]
     + [({"SLURM_PROCID": "3"}, False), ({"RANK": "2", "SLURM_PROCID": "0"}, False)]
-    + [({"SLURM_PROCID": "0", "LOCAL_RANK": "1", "SLURM_JOB_NAME": "bash"}, False)],
+    + [({"SLURM_PROCID": "0", "LOCAL_RANK": "1", "SLURM_JOB_NAME": "bash"}, False)]
+    + [({"NODE_RANK": "1"}, False), ({"NODE_RANK": "0", "LOCAL_RANK": "0"}, True)]
+    + [({"GROUP_RANK": "1", "LOCAL_RANK": "0"}, False)],
 )
-def test_who_is_first_is_known_before_processes_have_met(environment, first, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_JOB_NAME"):
+def test_the_main_process_is_known_before_processes_have_met(environment, first, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "SLURM_JOB_NAME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert is_started_first() == first
+    assert is_main_process() == first
 
 
 # -- a run folder is one run's --------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from var_exp.checkpoint.load import Found, read_networks
-from var_exp.distributed.signals import is_started_first
+from var_exp.distributed.rank import is_main_process
 from var_exp.tokenizer import VQVAE, Codebook
 from var_exp.transformer import VAR
 
@@ -68,7 +68,7 @@ def warm_start_from(
         start(network, source)
     except ValueError as error:
         raise ValueError(f"init_from: {str(path)!r}: {error}") from None
-    if is_started_first():
+    if is_main_process():
         print(f"init_from: the {name} starts from {found.path}")
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from var_exp.distributed.signals import is_interactive, is_started_first
+from var_exp.distributed.rank import is_interactive, is_main_process
 
 
 class Processes(NamedTuple):
@@ -157,7 +157,7 @@ def check_meeting_point(num_processes: int, num_nodes: int) -> None:
             f"environment; this one was started alone"
         )
     port = os.environ.get("MASTER_PORT")
-    alone = num_processes == 1 or not is_started_first() or dist.is_torchelastic_launched()
+    alone = num_processes == 1 or not is_main_process() or dist.is_torchelastic_launched()
     if alone or port is None:
         return
     with socket.socket() as tried:

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from var_exp.distributed.rank import is_main_process
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 RESUMABLE = 85  # the exit code of a program that was interrupted and can go on
 GOES_ON = "the same command goes on"
@@ -124,7 +126,7 @@ def leave(stop: Interrupted, run_dir: Path | None = None, goes_on: str = GOES_ON
             unfinished = run_dir / f"{TRACE}.{os.getpid()}"
             unfinished.write_text(f"{stop}\n")
             unfinished.replace(run_dir / TRACE)  # whole, for whoever reads it meanwhile
-    if not is_started_first():
+    if not is_main_process():
         sys.exit(0)
     lost = "" if stop.saved else "; what came after the last checkpoint could not be saved"
     print(f"stopped by {stop}{lost}; {goes_on}", file=sys.stderr, flush=True)
@@ -140,23 +142,6 @@ def stop_if_traced(run_dir: Path) -> None:
     """Raise Interrupted if another process of this start was, where they seldom meet."""
     with contextlib.suppress(FileNotFoundError):
         raise Interrupted(signal.Signals[(run_dir / TRACE).read_text().strip()])
-
-
-def is_started_first() -> bool:
-    """Whether this is the first process of a run, as whoever started it says.
-
-    Known before the processes have found each other.
-    """
-    names = ("RANK", *(() if is_interactive() else ("SLURM_PROCID",)), "LOCAL_RANK")
-    return int(next((os.environ[name] for name in names if name in os.environ), 0)) == 0
-
-
-def is_interactive() -> bool:
-    """Whether this is a shell that Slurm has given a place, in which much may be started.
-
-    What Slurm says of its processes is true of the shell, not of those.
-    """
-    return os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 
 def ignore_signals(*_: Any) -> None:

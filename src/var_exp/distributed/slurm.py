@@ -8,7 +8,8 @@ import subprocess
 import sys
 from collections.abc import Collection
 
-from var_exp.distributed.signals import Interrupted, is_started_first
+from var_exp.distributed.rank import is_main_process
+from var_exp.distributed.signals import Interrupted
 
 SUBMIT = "hydra/launcher=slurm"
 
@@ -44,7 +45,7 @@ def requeue(stop: Interrupted) -> None:
     is preempted; `scancel` sends SIGTERM too, and means the end.
     """
     job = job_id()
-    if job is None or not is_started_first():
+    if job is None or not is_main_process():
         return
     if stop.number == signal.SIGUSR1 or stop.number == signal.SIGTERM and is_preempted(job):
         done = scontrol("requeue", job)

@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 
 from var_exp.distributed import signals
 from var_exp.distributed.launch import agree_on_start
-from var_exp.distributed.signals import RESUMABLE, TRACE, Interrupted, is_started_first, leave
+from var_exp.distributed.rank import is_main_process
+from var_exp.distributed.signals import RESUMABLE, TRACE, Interrupted, leave
 from var_exp.distributed.slurm import SUBMIT, check_submission, requeue
 from var_exp.experiment.config.checks import check_threads
 from var_exp.experiment.config.overrides import check_groups, nearest_keys, shape_of_job
@@ -60,7 +61,7 @@ def program(function: Callable[[DictConfig, Run], object]) -> Callable[[DictConf
             check_types(cfg)
             if cfg.get("check"):
                 with signals.handler().heeded():
-                    return function(cfg, run) if is_started_first() else None
+                    return function(cfg, run) if is_main_process() else None
             try:
                 with signals.handler().heeded(), run.locked():
                     compute_with(cfg)

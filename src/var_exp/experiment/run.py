@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from var_exp.data import ImageSource
 from var_exp.distributed.launch import START, check_meeting_point
-from var_exp.distributed.signals import GOES_ON, forget_trace, is_started_first
+from var_exp.distributed.rank import is_main_process
+from var_exp.distributed.signals import GOES_ON, forget_trace
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.experiment.config.checks import check_sweep, trained
 from var_exp.experiment.resume import (
@@ -95,7 +96,7 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Hold the folder against other runs, in the main process."""
         option = "run_dir=..." if "run_dir" in self.cfg else "out_dir=..."
-        with locked(self.path, option) if is_started_first() else nullcontext():
+        with locked(self.path, option) if is_main_process() else nullcontext():
             forget_trace(self.path)
             yield
 
@@ -124,7 +125,7 @@ class Run:
             ValueError: the difference changes what is trained, see `check_changes`.
         """
         begun = [stage for stage in trained(self.cfg) if newest_path(self.path / stage)]
-        if not begun or self.resume == "never" or not is_started_first():
+        if not begun or self.resume == "never" or not is_main_process():
             return
         config, recorded = read_record(self.path)
         now = environment()
@@ -137,7 +138,7 @@ class Run:
     def start(self, stages: Sequence[Stage]) -> None:
         """Record this start in the run folder, and print what will be trained."""
         self.metrics = read_metrics(self.path / METRICS)  # of stages that ran here before
-        if not is_started_first():
+        if not is_main_process():
             return
         if self.resume == "never":
             for stage in stages:
@@ -155,7 +156,7 @@ class Run:
         if result is None:
             return
         self.metrics = self.metrics.with_stage(stage.name, result.metrics, result.protocol)
-        if is_started_first():
+        if is_main_process():
             write_metrics(self.metrics, self.path / METRICS)
             write_report(self.path)
 
@@ -165,7 +166,7 @@ class Run:
         Args:
             images: that were trained on; those that did not decode are told.
         """
-        if is_started_first() and trained(self.cfg):
+        if is_main_process() and trained(self.cfg):
             print(self.summary())
             if bad := sorted(images.bad_images):
                 print(f"{len(bad)} images did not decode and were skipped, the first is {bad[0]}")

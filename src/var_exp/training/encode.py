@@ -30,7 +30,8 @@ from var_exp.distributed.collectives import (
     rank,
     world_size,
 )
-from var_exp.distributed.signals import Interrupted, Interruption, is_started_first
+from var_exp.distributed.rank import is_main_process
+from var_exp.distributed.signals import Interrupted, Interruption
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.evaluation.reference import data_fingerprint
 from var_exp.evaluation.samples.draw import device_of
@@ -102,7 +103,7 @@ class EncodingStage:
         is_complete = cache.is_complete()
         if self.reader is not None and self.reader.is_finished and not is_complete:
             return
-        writes = is_started_first() and not is_complete
+        writes = is_main_process() and not is_complete
         with locked(self.folder, "tokens.dir=...") if writes else nullcontext():
             encode_stage(
                 self.tokenizer, self.data, self.trainer, cache, self.batch_size, self.signals

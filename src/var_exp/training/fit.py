@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from var_exp.data import ImageDataModule
-from var_exp.distributed.signals import Interruption, is_started_first
+from var_exp.distributed.rank import is_main_process
+from var_exp.distributed.signals import Interruption
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.training.callbacks.batch_counter import BatchProgress
 from var_exp.training.callbacks.checkpointing import Checkpoints, SealedFiles
@@ -197,12 +198,12 @@ def fit_stage(
     folder = run_dir / module.stage
     found = check_stage(module, run_dir, schedule, resume)
     signals = signals or Interruption()
-    if resume == "never" and is_started_first():
+    if resume == "never" and is_main_process():
         forget(run_dir, module.stage)
     path, finished, seconds = None, False, 0.0
     if found is not None:
         module.on_load_checkpoint(found.content)
-        if is_started_first():
+        if is_main_process():
             provide_best(folder, found)
         path, finished = found.path, is_finished(found.content)
         seconds = progress_in(found.content)["seconds"]

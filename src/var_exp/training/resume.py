@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from var_exp.checkpoint.checkpoint import KEY, read_checkpoint
+from var_exp.distributed.rank import is_main_process
 from var_exp.io.files import check_seal, replacing
 
 LOGS = ("csv", "tensorboard")  # where a run folder has logs of its stages, see conf/logger
@@ -148,6 +147,6 @@ def is_finished(checkpoint: dict[str, Any]) -> bool:
     return progress["batch"] == progress["plan"]["num_batches"] and not due
 
 
-@rank_zero_only
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if is_main_process():
+        print(line, file=sys.stderr, flush=True)
