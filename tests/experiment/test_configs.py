@@ -177,24 +177,13 @@ def test_every_set_of_images_is_described_without_its_files(name, tmp_path, monk
 
 
 @every("data")
-def test_every_set_of_images_picks_its_recipe_and_gets_networks_that_fit(name):
+def test_every_set_of_images_gets_networks_that_fit(name):
     cfg = composed("train", f"data={name}")
-    assert cfg.hydra.runtime.choices.recipe == name
     modules = build_networks(cfg)
     source, tokenizer = source_of(cfg), modules["tokenizer"].tokenizer
     tokenizer.schedule.check_image(source.image_size, tokenizer.encoder.stride)
     assert tokenizer.encoder.spec["in_channels"] == source.channels
     assert modules["var"].transformer.num_classes == source.num_classes
-
-
-def test_every_recipe_is_one_of_a_set_of_images():
-    assert options("recipe") == options("data")
-
-
-@every("recipe")
-def test_a_recipe_can_be_had_without_its_images(name):
-    cfg = composed("train", f"recipe={name}")
-    assert cfg.name == "digits" and cfg.hydra.runtime.choices.recipe == name
 
 
 @every("trainer")
@@ -330,15 +319,9 @@ def test_every_adversary_is_described(name):
         assert module.adversary.factor(0, 100) == 0 and module.adversary.factor(99, 100) == 1
 
 
-@every("experiment")
-def test_an_experiment_chooses_images_and_with_them_their_recipe(name):
-    choices = composed("train", f"experiment={name}").hydra.runtime.choices
-    assert choices.recipe == choices.data
-
-
 def test_cfg_job_prints_the_composition_of_an_experiment():
-    done = run("train", "--cfg", "job", "experiment=shapes")
-    assert done.code == 0 and "_target_: var_exp.data.Shapes" in done.out
+    done = run("train", "--cfg", "job", "experiment=cifar10_d8")
+    assert done.code == 0 and "_target_: var_exp.data.CIFAR10" in done.out
 
 
 @pytest.mark.parametrize("data", options("data"))
@@ -350,8 +333,9 @@ def test_what_the_command_line_chooses_wins_over_what_the_data_suggest(data):
         assert cfg[group] == expected[group]
 
 
-@every("recipe")
-def test_a_recipe_has_the_last_word_on_every_value_it_names(name):
-    recipe = OmegaConf.load(CONF / "recipe" / f"{name}.yaml")
+@every("data")
+def test_a_set_of_images_has_the_last_word_on_every_value_it_names(name):
+    named = OmegaConf.load(CONF / "data" / f"{name}.yaml")
+    del named["defaults"]
     cfg = composed("train", f"data={name}")
-    assert OmegaConf.merge(cfg, recipe) == cfg
+    assert OmegaConf.merge(cfg, named) == cfg
