@@ -19,7 +19,7 @@ from var_exp.report import write_comparison, write_report
 from var_exp.report.__main__ import main
 from var_exp.report.charts import Chart, Line, draw, short, thin
 from var_exp.report.run import curves, read_run
-from var_exp.report.verdict import judge, too_few
+from var_exp.report.verdict import few_images, verdict_of
 from var_exp.visualization.metrics import describe, duration, show
 
 
@@ -46,8 +46,8 @@ def test_the_page_says_what_was_run_what_came_out_and_how_it_was_measured(run):
     for part in ("AMD EPYC, 2 cores", "Python 3.11.9, torch 2.14.1", "seed=7"):
         assert part in text
     assert (
-        "Finished: 500 samples, FID 1.25 in classifier features, 100 % judged right; validation "
-        "loss 3.946 nats, inside the expected 3.9 to 4." in text
+        "Finished: 500 samples, FID 1.25 in classifier features, classifier accuracy 100 %; "
+        "validation loss 3.946 nats, inside the expected 3.9 to 4." in text
     )
     assert "FID, classifier features" in text and "PSNR" in text and "29.75 dB" in text
     assert "51ab34ff" in text and "cfg scale 1.5" in text  # the protocol
@@ -55,10 +55,10 @@ def test_the_page_says_what_was_run_what_came_out_and_how_it_was_measured(run):
 
 
 def test_a_figure_outside_its_band_makes_the_verdict_a_miss(tmp_path):
-    missed = judge(read_run(make_run(tmp_path, {"var/loss": 4.2})))
+    missed = verdict_of(read_run(make_run(tmp_path, {"var/loss": 4.2})))
     assert missed.state == "missed"
     assert "4.200\u202fnats, above the expected 3.9 to 4." in missed.line
-    assert judge(read_run(make_run(tmp_path))).state == "reached"
+    assert verdict_of(read_run(make_run(tmp_path))).state == "reached"
 
 
 def test_the_table_of_scales_has_a_row_for_each_with_its_tokens_and_figures(run):
@@ -231,7 +231,7 @@ def test_axes_carry_short_numbers(value, text):
         ("rfid_inception_adm", 0.9, "rFID, Inception, crop adm", "0.900"),
         ("fid_classifier_scale_4", 120.0, "FID, classifier features, after 4×4", "120.0"),
         ("fid_dinov2_raw", 12.345, "FID, DINOv2 features, raw weights", "12.35"),
-        ("class_accuracy_pixels", 0.996, "Judged right from pixels", "99.6\u202f%"),
+        ("class_accuracy_pixels", 0.996, "Classifier accuracy, pixels", "99.6\u202f%"),
         ("loss_scale_4x2", 3.8, "Cross-entropy, at 4×2", "3.800\u202fnats"),
         ("rkid_clip", 0.001, "KID of reconstructions, CLIP features", "0.00100"),
         ("recall_classifier", 0.5, "Recall, classifier features", "0.500"),
@@ -239,7 +239,7 @@ def test_axes_carry_short_numbers(value, text):
         ("unheard_of", 1.5, "unheard of", "1.5"),
     ],
 )
-def test_figures_are_named_in_words_with_network_and_unit(key, value, label, text):
+def test_metrics_are_named_in_words_with_network_and_unit(key, value, label, text):
     meaning = describe(key)
     assert (meaning.label, show(value, meaning)) == (label, text)
 
@@ -252,8 +252,8 @@ def test_durations_have_their_two_largest_units():
 def test_a_score_of_fewer_images_than_features_is_labelled(run):
     metrics = FIGURES | {"protocol": {"var": protocol() | {"network": {"num_features": 2048}}}}
     (run / "metrics.json").write_text(json.dumps(metrics))
-    assert "500 for 2048 features" in too_few(read_run(run), "var", "fid_classifier")
-    assert too_few(read_run(run), "var", "class_accuracy_classifier") is None
+    assert "500 for 2048 features" in few_images(read_run(run), "var", "fid_classifier")
+    assert few_images(read_run(run), "var", "class_accuracy_classifier") == ""
     text = words(write_report(run))
     assert "few images: 500 for 2048 features" in text
     assert "FID 1.25 in classifier features (few images)" in text
@@ -300,14 +300,14 @@ def test_scores_without_a_protocol_carry_a_warning(tmp_path):
 def test_losses_on_codes_of_different_tokenizers_carry_a_warning(tmp_path):
     config = CONFIG.replace("width: 32", "width: 64").replace("lr: 0.003", "lr: 0.001")
     text = compared(tmp_path, config=config, figures={"var/loss": 3.5})
-    assert "figures of tokens do not compare, the tokenizers differ (tokenizer.width)" in text
+    assert "metrics of tokens do not compare, the tokenizers differ (tokenizer.width)" in text
     assert "model.var.lr 0.003 0.001 tokenizer.width 32 64" in text
-    assert "does not compare var/loss 3.946 nats 3.500 nats Tokens" in text
+    assert "does not compare var/loss 3.946 nats 3.500 nats Token accuracy" in text
 
 
-def test_figures_of_different_images_do_not_compare(tmp_path):
+def test_metrics_of_different_images_do_not_compare(tmp_path):
     text = compared(tmp_path, config=CONFIG.replace("name: digits", "name: shapes"))
-    assert "no figures compare, the images differ (data.name)" in text
+    assert "no metrics compare, the images differ (data.name)" in text
 
 
 def test_a_young_run_stands_beside_a_finished_one(tmp_path, run):
