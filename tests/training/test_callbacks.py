@@ -22,7 +22,7 @@ from var_exp.distributed.collectives import rank
 from var_exp.distributed.signals import Interrupted, Interruption
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.evaluation.metrics import ScoreSettings
-from var_exp.training.callbacks import evaluation as callbacks
+from var_exp.training.callbacks import plots
 from var_exp.training.callbacks.evaluation import EvaluationCallback, SamplePictures, SampleScores
 from var_exp.training.callbacks.plots import CodebookMap, Curves, Report
 from var_exp.training.loggers.csv import ContinuedCSVLogger
@@ -175,8 +175,8 @@ def test_a_full_disk_is_told_once_for_each_kind_of_file_and_training_goes_on(
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(callbacks, "save_png", full)
-    monkeypatch.setattr(callbacks, "write_report", full)
+    monkeypatch.setattr(plots, "save_png", full)
+    monkeypatch.setattr(plots, "write_report", full)
     shown = (Curves(), CodebookMap(), Report())
     _, losses = run("tokenizer", digits, tmp_path, *shown)
     assert len(losses) == NUM_BATCHES

@@ -26,19 +26,28 @@ from var_exp.visualization.panels import Curve
 WIDTH, HEIGHT = 360, 220  # units of the SVG
 MAX_POINTS = 240  # longer curves are drawn as means of neighboring points
 LOG_FROM = 50  # ratio of largest to smallest value from which an axis is logarithmic
-NUM_SHADES = 12  # --shade-0 ... in style.css, coarse to fine
-NUM_HUES = 8  # --hue-0 ...
 
 MUTED, RULE, BAND, ACCENT = "var(--muted)", "var(--rule)", "var(--band)", "var(--accent)"
+SHADES = [f"var(--shade-{i})" for i in range(12)]  # of scales, coarse to fine; see style.css
+HUES = [f"var(--hue-{i})" for i in range(8)]  # of runs
+COLORS = [MUTED, RULE, BAND, ACCENT, *SHADES, *HUES]
+
+
+def _stand_in(color: str) -> str:
+    """Encode a CSS color as one that matplotlib knows; `_inline` decodes it."""
+    return f"#0f1e{COLORS.index(color):02x}"
+
 
 RC = {
     "svg.fonttype": "none",  # text, not outlines
     "font.size": 10.5,
     "lines.markersize": 3.2,
-    **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
     "axes.grid": True,
     "axes.grid.axis": "y",
     "grid.linewidth": 0.8,
+    "grid.color": _stand_in(RULE),
+    **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
+    **{f"{item}.color": _stand_in(MUTED) for item in ("text", "xtick", "ytick")},
     **{
         f"{axis}tick.major.{key}": value
         for axis in "xy"
@@ -79,25 +88,21 @@ class Chart(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """A chart as the templates take it; legend: (color, label) of each line."""
+    """A drawn chart, as the templates take it; thinned: curves are means of neighbors."""
 
-    title: str
-    unit: str
-    last: str
+    chart: Chart
     svg: Markup
-    legend: list[tuple[str, str]]
-    has_band: bool
     thinned: bool
 
 
 def shade(i: int, count: int) -> str:
     """Return the color of scale i of `count`, coarse to fine."""
-    return f"var(--shade-{round(i * (NUM_SHADES - 1) / max(count - 1, 1))})"
+    return SHADES[round(i * (len(SHADES) - 1) / max(count - 1, 1))]
 
 
 def hue(i: int) -> str:
     """Return the color of run i."""
-    return f"var(--hue-{i % NUM_HUES})"
+    return HUES[i % len(HUES)]
 
 
 def thin(curve: Curve, limit: int = MAX_POINTS) -> Curve:
@@ -109,60 +114,28 @@ def thin(curve: Curve, limit: int = MAX_POINTS) -> Curve:
 
 def draw(chart: Chart, name: str) -> Drawing:
     """Draw a chart; `name` must be unique on the page, so that ids are."""
-    thinned = any(len(line.curve) > MAX_POINTS for line in chart.lines)
     factor = chart.factor
     bands = [(factor * low, factor * high) for low, high in chart.bands]
     lines = [
-        line._replace(curve=[(x, factor * y) for x, y in thin(line.curve)])
-        for line in chart.lines
-        if line.curve
+        line._replace(curve=[(x, factor * y) for x, y in thin(line.curve)]) for line in chart.lines
     ]
-    palette = _Palette()
-    colors = {"text.color": MUTED, "xtick.color": MUTED, "ytick.color": MUTED, "grid.color": RULE}
-    colors = {key: palette(color) for key, color in colors.items()}
-    with matplotlib.rc_context(RC | colors | {"svg.hashsalt": name}):
+    with matplotlib.rc_context(RC | {"svg.hashsalt": name}):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
         axes = figure.add_axes((0.125, 0.165, 0.855, 0.8))
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
-        _plot(axes, lines, bands, palette)
+        for low, high in bands:
+            axes.axhspan(low, high, color=_stand_in(BAND), linewidth=0, zorder=0.4)  # below grid
+        for line in sorted(lines, key=lambda line: line.strong):
+            batches, values = zip(*line.curve, strict=True)
+            style = {"color": _stand_in(line.color), "linewidth": 2.1 if line.strong else 1.4}
+            axes.plot(batches, values, marker="o" if len(values) <= 12 else None, **style)
+            axes.plot(batches[-1:], values[-1:], "o", markersize=4.2, **style)
         _scale_axes(axes, chart, lines, bands)
         out = io.StringIO()
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
-    return Drawing(
-        chart.title,
-        chart.unit,
-        chart.last,
-        Markup(_inline(palette.restore(out.getvalue()), _alternative(chart, lines))),
-        [(line.color, line.label) for line in lines],
-        bool(bands),
-        thinned,
-    )
-
-
-class _Palette:
-    """Maps CSS colors, which matplotlib does not know, to stand-ins and back."""
-
-    def __init__(self):
-        self.codes: dict[str, str] = {}
-
-    def __call__(self, color: str) -> str:
-        return self.codes.setdefault(color, f"#0f1e{len(self.codes) + 1:02x}")
-
-    def restore(self, svg: str) -> str:
-        for color, code in self.codes.items():
-            svg = svg.replace(code, color)
-        return svg
-
-
-def _plot(axes: Axes, lines: list[Line], bands: list[tuple[float, float]], palette) -> None:
-    for low, high in bands:
-        axes.axhspan(low, high, color=palette(BAND), linewidth=0, zorder=0.4)  # below the grid
-    for line in sorted(lines, key=lambda line: line.strong):
-        batches, values = zip(*line.curve, strict=True)
-        style = {"color": palette(line.color), "linewidth": 2.1 if line.strong else 1.4}
-        axes.plot(batches, values, marker="o" if len(values) <= 12 else None, **style)
-        axes.plot(batches[-1:], values[-1:], "o", markersize=4.2, **style)
+    thinned = any(len(line.curve) > MAX_POINTS for line in chart.lines)
+    return Drawing(chart, Markup(_inline(out.getvalue(), _alternative(chart, lines))), thinned)
 
 
 def _scale_axes(axes: Axes, chart: Chart, lines: list[Line], bands: list) -> None:
@@ -212,7 +185,8 @@ def _inline(svg: str, label: str) -> str:
     svg = re.sub(r' id="[\w.]+_\d+"| font-family: [^;"]+;?| transform="rotate\(-0 [^"]+"', "", svg)
     # Coordinates to a tenth of a unit: a third of the size, and nobody sees it.
     svg = re.sub(r' (?:d|x|y)="[^"]+', lambda found: re.sub(r"(\.\d)\d+", r"\1", found[0]), svg)
-    svg = re.sub(r"\s+", " ", re.sub(r"<g/>", "", svg))
+    svg = re.sub(r"#0f1e(\w\w)", lambda code: COLORS[int(code[1], 16)], svg)
+    svg = re.sub(r"\s+", " ", svg.replace("<g/>", ""))
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
     view = f'viewBox="0 0 {WIDTH} {HEIGHT}"'
     return f'<svg class="chart" role="img" aria-label="{escape(label)}" {view}>{body}'

@@ -82,15 +82,7 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
 def comparison_of(runs: Sequence[Run]) -> dict[str, Any]:
     """Collect the content of the template."""
     letters = [string.ascii_uppercase[i % 26] + str(i // 26 or "") for i in range(len(runs))]
-    configs = [
-        {k: v for k, v in flatten(run.config).items() if k.partition(".")[0] not in IRRELEVANT}
-        for run in runs
-    ]
-    environments = [
-        {k: v for k, v in flatten(run.environment).items() if k not in ("command", "date")}
-        for run in runs
-    ]
-    config = differences(configs)
+    config = differences([run.config for run in runs], IRRELEVANT)
     stages = list(dict.fromkeys(stage for run in runs for stage in reversed(run.stages)))
     protocols = {stage: protocol_differences(runs, stage) for stage in stages}
     rows = {stage: list(metric_rows(runs, stage, config, protocols[stage])) for stage in stages}
@@ -115,7 +107,7 @@ def comparison_of(runs: Sequence[Run]) -> dict[str, Any]:
         ],
         "config": config,
         "protocols": [(STAGE_NAMES.get(s, s), d) for s, d in protocols.items() if d],
-        "environment": differences(environments),
+        "environment": differences([run.environment for run in runs], ("command", "date")),
         "tables": [
             {
                 "name": STAGE_NAMES.get(stage, stage),
@@ -132,12 +124,17 @@ def comparison_of(runs: Sequence[Run]) -> dict[str, Any]:
 # -- what differs -------------------------------------------------------------------------
 
 
-def differences(trees: Sequence[dict[str, Any]]) -> list[Difference]:
-    """Return the keys whose values are not the same everywhere, sorted."""
+def differences(trees: Sequence[dict[str, Any]], ignored: Sequence[str] = ()) -> list[Difference]:
+    """Return the keys whose values are not the same everywhere, sorted.
+
+    Args:
+        ignored: dotted keys, or first parts of them.
+    """
+    flat = [flatten(tree) for tree in trees]
     found = []
-    for key in sorted({key for tree in trees for key in tree}):
-        values = [plain(tree[key]) if key in tree else ABSENT for tree in trees]
-        if len(set(values)) > 1:
+    for key in sorted({key for tree in flat for key in tree}):
+        values = [plain(tree[key]) if key in tree else ABSENT for tree in flat]
+        if len(set(values)) > 1 and not {key, key.partition(".")[0]} & set(ignored):
             found.append(Difference(key, values))
     return found
 
@@ -147,18 +144,15 @@ def protocol_differences(runs: Sequence[Run], stage: str) -> list[Difference]:
     trees: list[dict[str, Any] | None] = []
     for run in runs:
         tree = run.metrics.protocols.get(stage)
-        tree = flatten(tree) if isinstance(tree, dict) else {}
         has_scores = any(map(is_of_images, run.stage_metrics(stage)))
-        trees.append(
-            {k: v for k, v in tree.items() if k not in SEEDS} if tree or has_scores else None
-        )
+        trees.append(tree if isinstance(tree, dict) and tree else {} if has_scores else None)
     known = [tree for tree in trees if tree is not None]
     if len(known) < 2:
         return []
     if not all(known):
         words = [ABSENT if t is None else "recorded" if t else "not recorded" for t in trees]
         return [Difference("protocol", words)]
-    keys = {difference.key for difference in differences(known)}
+    keys = {difference.key for difference in differences(known, SEEDS)}
     return [d for d in differences([tree or {} for tree in trees]) if d.key in keys]
 
 
