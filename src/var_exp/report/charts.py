@@ -11,7 +11,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 from markupsafe import Markup, escape
@@ -38,7 +38,7 @@ def _stand_in(color: str) -> str:
     return f"#0f1e{COLORS.index(color):02x}"
 
 
-RC = {
+RC: dict[Any, Any] = {
     "svg.fonttype": "none",  # text, not outlines
     "font.size": 10.5,
     "lines.markersize": 3.2,
@@ -128,7 +128,10 @@ def draw(chart: Chart, name: str) -> Drawing:
             axes.axhspan(low, high, color=_stand_in(BAND), linewidth=0, zorder=0.4)  # below grid
         for line in sorted(lines, key=lambda line: line.strong):
             batches, values = zip(*line.curve, strict=True)
-            style = {"color": _stand_in(line.color), "linewidth": 2.1 if line.strong else 1.4}
+            style: dict[str, Any] = {
+                "color": _stand_in(line.color),
+                "linewidth": 2.1 if line.strong else 1.4,
+            }
             axes.plot(batches, values, marker="o" if len(values) <= 12 else None, **style)
             axes.plot(batches[-1:], values[-1:], "o", markersize=4.2, **style)
         _scale_axes(axes, chart, lines, bands)
@@ -154,14 +157,15 @@ def _scale_axes(axes: Axes, chart: Chart, lines: list[Line], bands: list) -> Non
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(lambda y, _: short(y))
-    if chart.ticks is None:
+    ticks = chart.ticks
+    if ticks is None:
         axes.set_xlim(0, 1.03 * max(line.curve[-1][0] for line in lines))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axes.xaxis.set_major_formatter(lambda x, _: short(x))
     else:
-        axes.set_xlim(-0.3, len(chart.ticks) - 0.7)
-        axes.xaxis.set_major_locator(FixedLocator(range(len(chart.ticks))))
-        axes.xaxis.set_major_formatter(lambda x, _: chart.ticks[round(x)])
+        axes.set_xlim(-0.3, len(ticks) - 0.7)
+        axes.xaxis.set_major_locator(FixedLocator(range(len(ticks))))
+        axes.xaxis.set_major_formatter(lambda x, _: ticks[round(x)])
     label = f"{chart.x_label}, logarithmic upwards" if is_log else chart.x_label
     axes.text(0.5, -0.13, label, transform=axes.transAxes, ha="center", va="top")
 

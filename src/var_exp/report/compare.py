@@ -208,7 +208,7 @@ def overlays(runs: Sequence[Run], stages: Sequence[str], letters: Sequence[str])
     ]
     lines = list(zip(labels, map(hue, range(len(runs))), runs, strict=True))
     for name in dict.fromkeys(name for run in runs for name in fid_by_scale(run)):
-        fids = [(label, color, fid_by_scale(run).get(name)) for label, color, run in lines]
+        fids = [(label, color, fid_by_scale(run).get(name, {})) for label, color, run in lines]
         title = f"{describe(name).label}, after each scale"
         yield scale_chart([fid for fid in fids if fid[2]], title)
     for stage in stages:

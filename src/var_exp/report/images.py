@@ -123,7 +123,7 @@ def _frame(images: np.ndarray, names: list[str], title: str, k: int, count: int)
     return frame
 
 
-def _fit(name: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+def _fit(name: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """Shorten a name to the width of the image above it."""
     name = name[:40]
     if font.getlength(name) <= width:

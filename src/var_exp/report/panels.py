@@ -76,13 +76,13 @@ def scale_chart(runs: Sequence[tuple[str, str, dict[str, float]]], title: str) -
 
 def metric_title(name: str) -> str:
     """Name a logged metric in words."""
-    label = _meaning(name).label
-    return f"{label[:1].upper()}{label[1:]}"
+    return _meaning(name).label
 
 
 def _meaning(name: str) -> Meaning:
     kind, _, key = name.partition("/")
-    return describe(key) if kind == "val" else Meaning(key.replace("_", " "))
+    words = key.replace("_", " ")
+    return describe(key) if kind == "val" else Meaning(f"{words[:1].upper()}{words[1:]}")
 
 
 def _chart(run: Run, stage: str, panel: Panel, names: list[str]) -> Chart:

@@ -172,7 +172,7 @@ def resolve(value: Any, config: dict[str, Any], depth: int = 0) -> Any:
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested dicts to dotted keys; lists are values."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{key}.")

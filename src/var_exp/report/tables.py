@@ -72,9 +72,9 @@ def metric_rows(run: Run, stage: str) -> Iterator[Row]:
             continue
         meaning, band = describe(key), bands.get(key)
         notes = [f"expected {band.low:g} to {band.high:g}"] if band else []
-        notes = "; ".join(filter(None, [*notes, few_images(run, stage, key)]))
+        note = "; ".join(filter(None, [*notes, few_images(run, stage, key)]))
         position = band.position if band else ""
-        yield Row(f"{stage}/{key}", meaning.label, show(value, meaning), notes, position)
+        yield Row(f"{stage}/{key}", meaning.label, show(value, meaning), note, position)
 
 
 def scale_table(run: Run) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def scale_table(run: Run) -> dict[str, Any]:
             show(values[scale], meaning, unit=False) if scale in values else ABSENT
             for meaning, values in zip(meanings, columns.values(), strict=True)
         ]
-        for scale in tokens or next(iter(columns.values()), {})
+        for scale in list(tokens) or list(next(iter(columns.values()), {}))
     ]
     return {"heads": ["Scale", "Tokens", *heads], "rows": rows, "validated": validated}
 

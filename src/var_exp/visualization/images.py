@@ -57,10 +57,10 @@ def class_grid(
             f"pictures: expected {len(images)} labels in 0..{len(class_names)}, got {len(labels)} "
             f"in {int(labels.min())}..{int(labels.max())}"
         )
-    pixels, labels = _enlarge(images), labels.cpu().numpy()
+    pixels, classes = _enlarge(images), labels.cpu().numpy()
     rows, headings = [], []
-    for label in np.unique(labels):
-        members = pixels[labels == label]
+    for label in np.unique(classes):
+        members = pixels[classes == label]
         for start in range(0, len(members), columns):
             rows.append(members[start : start + columns])
             headings.append("" if start else names[label])
@@ -105,17 +105,19 @@ def captioned(
         captions: N rows of as many as there are columns; a few characters each.
     """
     font = ImageFont.load_default(size=CAPTION)
-    drawn = []
+    cells: list[list[np.ndarray]] = []
     for images, words in zip(rows, captions, strict=True):
         pixels = _enlarge(images)
-        paper = np.broadcast_to(np.uint8(PAPER), (len(pixels), CAPTION + GAP, pixels.shape[2], 3))
-        drawn.append([])
+        paper = np.broadcast_to(
+            np.array(PAPER, np.uint8), (len(pixels), CAPTION + GAP, pixels.shape[2], 3)
+        )
+        cells.append([])
         for image, text in zip(np.concatenate([pixels, paper], axis=1), words, strict=True):
             cell = Image.fromarray(image)
             place = cell.width // 2, cell.height - GAP // 2
             ImageDraw.Draw(cell).text(place, text, INK, font, anchor="mb")
-            drawn[-1].append(np.asarray(cell))
-    return _sheet(drawn, column_names=column_names)
+            cells[-1].append(np.asarray(cell))
+    return _sheet(cells, column_names=column_names)
 
 
 def _scale_names(sizes: Sequence[tuple[int, int]]) -> list[str]:
@@ -135,7 +137,7 @@ def _enlarge(images: Tensor) -> np.ndarray:
 
 
 def _sheet(
-    rows: Sequence[Sequence[np.ndarray]],
+    rows: Sequence[Sequence[np.ndarray] | np.ndarray],
     row_names: Sequence[str] = (),
     column_names: Sequence[str] = (),
 ) -> np.ndarray:
@@ -147,10 +149,11 @@ def _sheet(
     num_columns = max(len(row) for row in rows)
     _check_headings(row_names, len(rows), "rows")
     _check_headings(column_names, num_columns, "columns")
-    font = ImageFont.load_default(size=min(28, max(15, height // 5)))
+    font_size = min(28, max(15, height // 5))
+    font = ImageFont.load_default(font_size)
     row_names = [_shorten(name) for name in row_names]
     left = MARGIN + max((round(font.getlength(name)) + MARGIN for name in row_names), default=0)
-    top = MARGIN + (round(font.size) + MARGIN // 2 if column_names else 0)
+    top = MARGIN + (font_size + MARGIN // 2 if column_names else 0)
     size = (
         left + num_columns * (width + GAP) - GAP + MARGIN,
         top + len(rows) * (height + GAP) - GAP + MARGIN,

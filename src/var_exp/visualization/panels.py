@@ -63,7 +63,7 @@ PANELS = (
     Panel("Speed", "Images per second", "", ("speed/images_per_second",)),
     Panel("Speed", "Time waiting for data", "%", ("speed/data_wait",)),
     Panel("Speed", "Model FLOP/s utilization", "%", ("speed/share_of_peak",)),
-    Panel("Speed", "Throughput of a device", "TFLOP/s", ("speed/tflops",), more=True),
+    Panel("Speed", "Device throughput", "TFLOP/s", ("speed/tflops",), more=True),
     Panel("Speed", "Memory", "GB", ("speed/*memory_gb",), more=True),
     Panel("Speed", "Time left", "h", ("speed/hours_left",), more=True),
 )

@@ -5,6 +5,7 @@ window and no global state, so that it works in any process.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -89,7 +90,7 @@ def _plot(
         batches, values = np.transpose(history[name])
         if name in scales:
             shade = 0.15 + 0.8 * scales.index(name) / max(len(scales) - 1, 1)
-            style = {"color": colormaps["viridis_r"](shade), "linewidth": 1.2}
+            style: dict[str, Any] = {"color": colormaps["viridis_r"](shade), "linewidth": 1.2}
             label = f"scale {_scale(name)}"
         else:
             style = {"color": STRONG, "linewidth": 2.2}

@@ -29,7 +29,7 @@ class Chart(NamedTuple):
     """metrics: drawn in one panel; pattern: a regular expression of them, in their place."""
 
     title: str
-    metrics: tuple[str, ...] = ()
+    metrics: Sequence[str] = ()
     pattern: str | None = None
 
 
@@ -46,16 +46,14 @@ def charts_of(panel: Panel) -> list[Chart]:
     W&B shows logged values, so that percent are shares.
     """
     title = panel.heading.replace("%", "share")
-    scales = [pattern for pattern in panel.patterns if "_scale_" in pattern]
-    whole = [pattern for pattern in panel.patterns if pattern not in scales]
-    charts = [_chart(title, whole)] if whole else []
-    return charts + ([_chart(f"{title}, at each scale", scales)] if scales else [])
-
-
-def _chart(title: str, patterns: list[str]) -> Chart:
-    if not any("*" in pattern for pattern in patterns):
-        return Chart(title, tuple(patterns))
-    return Chart(title, pattern=f"^({'|'.join(patterns)})$".replace("*", ".*"))
+    charts = []
+    for label, per_scale in ((title, False), (f"{title}, at each scale", True)):
+        names = [name for name in panel.patterns if ("_scale_" in name) == per_scale]
+        if any("*" in name for name in names):
+            charts.append(Chart(label, pattern=f"^({'|'.join(names)})$".replace("*", ".*")))
+        elif names:
+            charts.append(Chart(label, names))
+    return charts
 
 
 SECTIONS: dict[str, list[Chart | Pictures]] = {
@@ -73,8 +71,10 @@ def describe() -> str:
     for section, panels in SECTIONS.items():
         lines.append(section)
         for panel in panels:
-            keys = [panel.key] if isinstance(panel, Pictures) else panel.metrics or [panel.pattern]
-            lines.append(f"  {panel.title}: {', '.join(keys)}")
+            if isinstance(panel, Pictures):
+                lines.append(f"  {panel.title}: {panel.key}")
+            else:
+                lines.append(f"  {panel.title}: {panel.pattern or ', '.join(panel.metrics)}")
     return "\n".join(lines)
 
 
