@@ -22,13 +22,11 @@ from var_exp.distributed.collectives import rank
 from var_exp.distributed.signals import Interrupted, Interruption
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.evaluation.metrics import ScoreSettings
-from var_exp.training.callbacks import evaluation as callbacks
+from var_exp.training.callbacks import plots
 from var_exp.training.callbacks.evaluation import EvaluationCallback, SamplePictures, SampleScores
 from var_exp.training.callbacks.plots import CodebookMap, Curves, Report
 from var_exp.training.loggers.csv import ContinuedCSVLogger
 from var_exp.visualization.plots import heat_maps
-
-PANELS = {"share of codes in use": "val/usage_scale_*"}
 
 
 def map_of(folder):
@@ -37,10 +35,10 @@ def map_of(folder):
 
 def test_the_map_of_codes_has_a_cell_for_each_scale_and_validation():
     history = {f"val/usage_scale_{k}x{k}": [(10, k / 4), (20, k / 4)] for k in (1, 2, 4)}
-    one = heat_maps(history, PANELS)
+    one = heat_maps(history)
     assert one.dtype == np.uint8 and one.shape[2] == 3
     history["val/usage_scale_4x4"][1] = (20, 0.5)  # within the range of the colours
-    other = heat_maps(history, PANELS)
+    other = heat_maps(history)
     rows, columns = np.nonzero((one != other).any(axis=2))
     # The lower right cell alone: the last third of the rows, the second half of the columns.
     height, width = one.shape[:2]
@@ -50,7 +48,7 @@ def test_the_map_of_codes_has_a_cell_for_each_scale_and_validation():
 def test_scales_without_a_figure_in_some_validation_leave_an_empty_cell():
     first = [(10, 0.5), (20, 0.1)]
     full, gap = (
-        heat_maps({"val/usage_scale_1x1": first, "val/usage_scale_2x2": second}, PANELS)
+        heat_maps({"val/usage_scale_1x1": first, "val/usage_scale_2x2": second})
         for second in ([(10, 0.5), (20, 0.1)], [(20, 0.1)])
     )
     changed = (full != gap).any(axis=2)
@@ -63,19 +61,19 @@ def test_scales_without_a_figure_in_some_validation_leave_an_empty_cell():
 
 @pytest.mark.parametrize("stop", ["between validations", "in a validation"])
 def test_the_map_of_an_interrupted_stage_is_that_of_the_whole_one(stop, digits, tmp_path):
-    run("tokenizer", digits, tmp_path / "whole", CodebookMap(PANELS))
+    run("tokenizer", digits, tmp_path / "whole", CodebookMap())
     parts = tmp_path / "parts"
     if stop == "between validations":
-        run("tokenizer", digits, parts, CodebookMap(PANELS), Interrupt(5))
+        run("tokenizer", digits, parts, CodebookMap(), Interrupt(5))
     else:
         asked = (6, True)
-        interrupted("tokenizer", digits, parts, *asked, callbacks=[CodebookMap(PANELS)])
-    run("tokenizer", digits, parts, CodebookMap(PANELS))
+        interrupted("tokenizer", digits, parts, *asked, callbacks=[CodebookMap()])
+    run("tokenizer", digits, parts, CodebookMap())
     assert np.array_equal(map_of(parts), map_of(tmp_path / "whole"))
 
 
 def test_a_figure_of_a_validation_that_is_made_up_for_stands_once(digits, tmp_path):
-    first, second = Curves({"PSNR": ["val/psnr"]}), Curves({"PSNR": ["val/psnr"]})
+    first, second = Curves(), Curves()
     interrupted("tokenizer", digits, tmp_path, 6, True, callbacks=[first])
     run("tokenizer", digits, tmp_path, second)
     assert [batch for batch, _ in second.history["val/psnr"]] == [3, 6, NUM_BATCHES]
@@ -177,9 +175,9 @@ def test_a_full_disk_is_told_once_for_each_kind_of_file_and_training_goes_on(
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(callbacks, "save_png", full)
-    monkeypatch.setattr(callbacks, "write_report", full)
-    shown = (Curves({"PSNR": ["val/psnr"]}), CodebookMap(PANELS), Report())
+    monkeypatch.setattr(plots, "save_png", full)
+    monkeypatch.setattr(plots, "write_report", full)
+    shown = (Curves(), CodebookMap(), Report())
     _, losses = run("tokenizer", digits, tmp_path, *shown)
     assert len(losses) == NUM_BATCHES
     said = capsys.readouterr().err

@@ -63,10 +63,10 @@ def test_each_scale_has_its_line(trained):
     """Whatever the schedule: those of this run are 1, 2, 3, 4."""
     scalars = set.union(*(logged(trained, stage)[0] for stage in ("tokenizer", "var")))
     for section, title in (
-        ("Transformer", "Cross-entropy of each scale (nats)"),
-        ("Transformer", "Share of tokens right at each scale"),
-        ("Tokenizer", "Share of codes in use at each scale"),
-        ("Tokenizer", "Perplexity of codes at each scale"),
+        ("Transformer", "Validation cross-entropy (nats), at each scale"),
+        ("Transformer", "Token accuracy (share), at each scale"),
+        ("Tokenizer", "Codebook usage (share), at each scale"),
+        ("Tokenizer", "Codebook perplexity, at each scale"),
     ):
         (chart,) = [panel for panel in SECTIONS[section] if panel.title == title]
         found = sorted(name for name in scalars if re.search(chart.pattern, name))

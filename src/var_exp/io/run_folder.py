@@ -92,3 +92,23 @@ def read_figures(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is damaged; delete it, and the same command measures its own figures again"
         ) from None
+
+
+def salvage_metrics(path: Path) -> Metrics:
+    """Read the numbers and protocols of a metrics.json that have their right type.
+
+    Unlike `read_metrics`, raises nothing: for reports, which show what can be shown.
+    """
+    content = read_json_or_empty(path)
+    protocols = content.pop(PROTOCOL, {})
+    numbers = {k: float(v) for k, v in content.items() if type(v) in (int, float)}
+    return Metrics(numbers, protocols if isinstance(protocols, dict) else {})
+
+
+def read_json_or_empty(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; empty where it is missing, damaged or not an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

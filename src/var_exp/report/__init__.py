@@ -1,8 +1,8 @@
-"""`report.html`: all that a run folder holds, on one page that opens anywhere, offline.
+"""`report.html`: the content of a run folder on one page that opens anywhere, offline.
 
 One file without scripts, fonts or requests: pictures are embedded, curves are SVG, light and dark
-follow the system. `write_report` makes the page of a run; `python -m var_exp.report
-RUN_A RUN_B` lays runs side by side.
+follow the system. `write_report` writes the page of a run, `write_comparison` (or `python -m
+var_exp.report RUN_A RUN_B`) that of several, side by side.
 """
 
 from var_exp.report.compare import write_comparison

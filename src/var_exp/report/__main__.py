@@ -1,4 +1,4 @@
-"""`python -m var_exp.report RUN...`: the page of one run, or runs side by side."""
+"""`python -m var_exp.report RUN...`: write the page of one run, or of runs side by side."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ from var_exp.report.run import is_run_folder
 
 
 def main(arguments: Sequence[str]) -> Path:
-    """Write the page that the arguments ask for.
+    """Write the page that the arguments ask for, and return its path.
 
     Raises:
         ValueError: a path that is not a run folder, or the same folder twice.
@@ -20,16 +20,16 @@ def main(arguments: Sequence[str]) -> Path:
     parser.add_argument(
         "--out", type=Path, default=Path("compare.html"), help="where a comparison goes"
     )
-    given = parser.parse_args(arguments)
-    for path in given.runs:
+    args = parser.parse_args(arguments)
+    for path in args.runs:
         if not is_run_folder(path):
             raise ValueError(
                 f"report: expected run folders, with .hydra, metrics.json or csv in them, got "
                 f"{str(path)!r}"
             )
-    if len(given.runs) == 1:
-        return write_report(given.runs[0])
-    return write_comparison(given.runs, given.out)
+    if len(args.runs) == 1:
+        return write_report(args.runs[0])
+    return write_comparison(args.runs, args.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures within the page: as data, small enough, with words for who does not see them.
+"""Pictures embedded in the page: as data URIs, small enough, with alternative text.
 
 K scales, N samples
 """
@@ -19,13 +19,13 @@ MAX_WIDTH = 1600
 CELL = 96  # pixels of an image in the animation, at least
 MAX_CELL = 160
 CRISP = 64  # smaller images are kept exactly
-GREY = (136, 136, 140, 255)  # legible on light and on dark
+GRAY = (136, 136, 140, 255)  # legible on light and on dark
 GAP = 8
 STEP_MS, LAST_MS = 700, 2200
 
 
 class Picture(NamedTuple):
-    """src, still: data URIs; still: for who wants no motion, None of a picture that stands."""
+    """src, still: data URIs; still: for readers who prefer no motion, None without animation."""
 
     src: str
     width: int
@@ -35,7 +35,7 @@ class Picture(NamedTuple):
 
 
 def embed(path: Path, alt: str) -> Picture | None:
-    """A PNG file as part of the page; None where it is missing or damaged."""
+    """Embed a PNG file; None where it is missing or damaged."""
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
@@ -49,22 +49,22 @@ def embed(path: Path, alt: str) -> Picture | None:
 
 
 def animate(path: Path, scales: Sequence[str]) -> Picture | None:
-    """Samples after each scale, one scale after another; None where there are none.
+    """Animate samples scale after scale; None where there are none.
 
     Args:
         path: an .npz with `arr_0`, uint8 (K, N, H, W, C), and `names`, those of N classes.
-        scales: K names of the scales, in letters of PIL's own font.
+        scales: K names of the scales, in characters of PIL's own font.
     """
-    found = _read(path)
-    if found is None:
+    content = _read(path)
+    if content is None:
         return None
-    steps, names = found
+    steps, names = content
     count, num = steps.shape[:2]
     titles = list(scales) if len(scales) == count else [str(k + 1) for k in range(count)]
     frames = [_frame(steps[k], names, titles[k], k, count) for k in range(count)]
     lossless = max(steps.shape[2:4]) <= CRISP
-    shown = ", ".join(names) if names else f"{num} samples"
-    alt = f"{shown}: what the image is after each of {count} scales, coarse to fine"
+    subject = ", ".join(names) if names else f"{num} samples"
+    alt = f"{subject}: the image after each of {count} scales, coarse to fine"
     return Picture(
         _uri(_webp(frames, lossless), "webp"),
         *frames[0].size,
@@ -74,21 +74,21 @@ def animate(path: Path, scales: Sequence[str]) -> Picture | None:
 
 
 def _read(path: Path) -> tuple[np.ndarray, list[str]] | None:
-    """The array, and the names of its N samples, or none of them."""
+    """Read the array and the names of its N samples, [] where they are not N."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             steps = archive["arr_0"]
             names = archive["names"].tolist() if "names" in archive else []
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    whole = steps.dtype == np.uint8 and steps.ndim == 5 and steps.shape[-1] in (1, 3)
-    if not whole or not steps.size:
+    is_valid = steps.dtype == np.uint8 and steps.ndim == 5 and steps.shape[-1] in (1, 3)
+    if not is_valid or not steps.size:
         return None
     return steps, [str(name) for name in names] if len(names) == steps.shape[1] else []
 
 
 def _frame(images: np.ndarray, names: list[str], title: str, k: int, count: int) -> Image.Image:
-    """Images (N, H, W, C) after scale k, on nothing, so that it stands on light and on dark."""
+    """Lay out images (N, H, W, C) after scale k, transparent for light and dark pages."""
     side = max(images.shape[1:3])
     factor = max(1, -(-CELL // side))
     shrink = min(1.0, MAX_CELL / (side * factor))
@@ -103,10 +103,10 @@ def _frame(images: np.ndarray, names: list[str], title: str, k: int, count: int)
     )
     frame = Image.new("RGBA", size, (0, 0, 0, 0))
     draw = ImageDraw.Draw(frame)
-    draw.text((0, 9), f"{title}   scale {k + 1} of {count}", GREY, font, anchor="lm")
+    draw.text((0, 9), f"{title}   scale {k + 1} of {count}", GRAY, font, anchor="lm")
     left = size[0] - count * 12
     for i in range(count):
-        fill = GREY if i <= k else (*GREY[:3], 70)
+        fill = GRAY if i <= k else (*GRAY[:3], 70)
         draw.rectangle((left + 12 * i + 3, 6, left + 12 * i + 11, 12), fill=fill)
     for i, pixels in enumerate(images):
         pixels = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
@@ -118,13 +118,13 @@ def _frame(images: np.ndarray, names: list[str], title: str, k: int, count: int)
         frame.paste(cell, (x, y))
         if names:
             draw.text(
-                (x + width // 2, y + height + 11), _fit(names[i], width, font), GREY, font, "mm"
+                (x + width // 2, y + height + 11), _fit(names[i], width, font), GRAY, font, "mm"
             )
     return frame
 
 
-def _fit(name: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    """A name that is no wider than the image above it."""
+def _fit(name: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Shorten a name to the width of the image above it."""
     name = name[:40]
     if font.getlength(name) <= width:
         return name

@@ -1,11 +1,10 @@
-"""What a run folder holds, as plain data.
+"""The content of a run folder as plain data.
 
-A run may be young, killed, or of another version of this program: whatever is missing or damaged
-is left out, and nothing here raises.
+A run may be young, killed, or of another version of this program: what is missing or damaged is
+left out, and reading raises nothing.
 """
 
 import csv
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from var_exp.io.run_folder import Metrics, read_json_or_empty, salvage_metrics
 from var_exp.visualization.panels import Curve
 
 STAGES = ("tokenizer", "var")
@@ -28,60 +28,59 @@ class Run:
 
     Attributes:
         config: the composed configuration; values that only refer to another key are resolved.
-        metrics: final figures, `stage/metric`.
-        protocol: how they were obtained: stage -> nested plain data.
+        metrics: final metrics, and the protocols of their evaluation.
         history: stage -> column of the CSV file -> curve.
-        last_seen: stage -> when something was last logged.
+        last_logged: stage -> when its CSV file was last written.
     """
 
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
     overrides: list[str] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-    protocol: dict[str, Any] = field(default_factory=dict)
+    metrics: Metrics = Metrics({}, {})
     environment: dict[str, Any] = field(default_factory=dict)
     history: dict[str, dict[str, Curve]] = field(default_factory=dict)
-    last_seen: dict[str, datetime] = field(default_factory=dict)
+    last_logged: dict[str, datetime] = field(default_factory=dict)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A value of the configuration by its dotted key."""
-        found = look_up(self.config, key)
-        return default if found is None else found
+        """Return a value of the configuration by its dotted key."""
+        value = look_up(self.config, key)
+        return default if value is None else value
 
     @property
     def stages(self) -> list[str]:
-        """Those that the run trains, in order."""
+        """The stages that train, in order."""
         named = self.get("stages", [])
         named = [str(stage) for stage in named] if isinstance(named, list) else []
         named = [stage for stage in named if stage != "tokens"]  # nothing is trained in it
-        seen = {*self.history, *(key.partition("/")[0] for key in self.metrics if "/" in key)}
-        return [*named, *sorted(seen - set(named), key=lambda s: (s not in STAGES, s))]
+        keys = self.metrics.figures
+        recorded = {*self.history, *(key.partition("/")[0] for key in keys if "/" in key)}
+        return [*named, *sorted(recorded - set(named), key=lambda s: (s not in STAGES, s))]
 
-    def figures(self, stage: str) -> dict[str, float]:
-        """Final figures of a stage, without its name."""
-        return {
-            k[len(stage) + 1 :]: v for k, v in self.metrics.items() if k.startswith(f"{stage}/")
-        }
+    def stage_metrics(self, stage: str) -> dict[str, float]:
+        """Return the final metrics of a stage, without its name."""
+        prefix = f"{stage}/"
+        metrics = self.metrics.figures
+        return {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
 
     def last_validation(self, stage: str) -> dict[str, float]:
-        """Figures of the newest validation in training, named as final ones are."""
+        """Return the metrics of the newest validation in training, named as final ones are."""
         history = self.history.get(stage, {})
         return {k[4:]: curve[-1][1] for k, curve in history.items() if k.startswith("val/")}
 
     def expected(self, stage: str) -> dict[str, tuple[float, float]]:
-        """Bands (low, high) where figures of a stage are expected to end."""
+        """Return the bands (low, high) in which metrics of a stage are expected to end."""
         bands = self.get("expected", {})
         found = {}
         for key, band in (bands if isinstance(bands, dict) else {}).items():
-            whole = isinstance(band, list) and len(band) == 2 and all(map(_is_number, band))
-            if whole and key.startswith(f"{stage}/"):
-                found[key[len(stage) + 1 :]] = (float(band[0]), float(band[1]))
+            is_band = isinstance(band, list) and len(band) == 2 and all(map(_is_number, band))
+            if is_band and key.startswith(f"{stage}/"):
+                found[key.removeprefix(f"{stage}/")] = (float(band[0]), float(band[1]))
         return found
 
     @property
     def scales(self) -> list[tuple[str, int, int]]:
-        """(name in metric keys, height, width) of each scale, coarse to fine."""
+        """(name in metrics, height, width) of each scale, coarse to fine."""
         sizes = self.get("scales.patch_nums", [])
         found = []
         for size in sizes if isinstance(sizes, list) else []:
@@ -93,7 +92,7 @@ class Run:
         return found
 
     def newest_picture(self, stage: str, name: str) -> tuple[Path, int] | None:
-        """The last picture of that name drawn in training, and after how many batches."""
+        """Return the last picture of that name drawn in training, and its batch."""
         numbered = {}
         for path in (self.path / stage / "pictures").glob(f"{name}_*.png"):
             number = path.stem.removeprefix(f"{name}_")
@@ -108,9 +107,7 @@ def is_run_folder(path: Path) -> bool:
 
 
 def read_run(path: Path) -> Run:
-    """All that is there; never raises for what is not."""
-    metrics = _json(path / "metrics.json")
-    protocol = metrics.pop("protocol", {})
+    """Read whatever of a run folder can be read."""
     config_text = _text(path / ".hydra" / "config.yaml")
     config = _yaml(config_text)
     overrides = _yaml(_text(path / ".hydra" / "overrides.yaml"))
@@ -120,19 +117,20 @@ def read_run(path: Path) -> Run:
         config=resolve(config, config) if isinstance(config, dict) else {},
         config_text=config_text,
         overrides=[str(o) for o in overrides] if isinstance(overrides, list) else [],
-        metrics={k: float(v) for k, v in metrics.items() if isinstance(v, float) or _is_number(v)},
-        protocol=protocol if isinstance(protocol, dict) else {},
-        environment=_json(path / "environment.json"),
+        metrics=salvage_metrics(path / "metrics.json"),
+        environment=read_json_or_empty(path / "environment.json"),
         history={stage: curves(_text(table)) for stage, table in tables.items()},
-        last_seen={stage: _written(table) for stage, table in tables.items()},
+        last_logged={
+            stage: datetime.fromtimestamp(table.stat().st_mtime) for stage, table in tables.items()
+        },
     )
 
 
 def curves(table: str) -> dict[str, Curve]:
-    """Curves in a CSV file with a `step` column: column -> [(batch, value), ...].
+    """Read the curves of a CSV file with a `step` column: column -> [(batch, value), ...].
 
-    Rows are sparse, the later one of a step wins (a run that was interrupted logs some twice), and
-    a last line that is still being written is left out. Steps are numbers of batches from 0.
+    Rows are sparse. The later row of a step wins, since a resumed run logs some steps twice; a
+    last line that is still being written is left out. Steps count from 0, batches from 1.
     """
     lines = table.splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
@@ -150,7 +148,7 @@ def curves(table: str) -> dict[str, Curve]:
 
 
 def look_up(tree: Any, key: str) -> Any:
-    """A value by its dotted key; None where there is none."""
+    """Return a value by its dotted key, or None."""
     for part in key.split("."):
         if isinstance(tree, list) and part.isdigit() and int(part) < len(tree):
             tree = tree[int(part)]
@@ -162,7 +160,7 @@ def look_up(tree: Any, key: str) -> Any:
 
 
 def resolve(value: Any, config: dict[str, Any], depth: int = 0) -> Any:
-    """Replace values which are `${key}` by what stands at that key."""
+    """Replace each value `${key}` by the value of that key."""
     if isinstance(value, dict):
         return {str(k): resolve(v, config, depth) for k, v in value.items()}
     if isinstance(value, list):
@@ -173,8 +171,8 @@ def resolve(value: Any, config: dict[str, Any], depth: int = 0) -> Any:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested plain data -> dotted key: value; lists are values."""
-    flat = {}
+    """Flatten nested dicts to dotted keys; lists are values."""
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{key}.")
@@ -190,23 +188,11 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(_text(path) or "{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         return None
-
-
-def _written(path: Path) -> datetime:
-    return datetime.fromtimestamp(path.stat().st_mtime)
 
 
 def _number(cell: Any) -> float | None:

@@ -1,42 +1,50 @@
-"""Words and figures of a run, as the rows of tables."""
+"""The rows of the tables of a run."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from var_exp.report.run import Run
-from var_exp.report.verdict import bands_of, main_fid, too_few
-from var_exp.visualization.metrics import STAGE_NAMES, describe, show, side, split_scale
+from var_exp.report.verdict import bands_of, few_images
+from var_exp.visualization.metrics import (
+    STAGE_NAMES,
+    describe,
+    is_class_accuracy,
+    main_fid,
+    show,
+    side,
+    split_scale,
+)
 
 ABSENT = "\u2013"
 
 
 class Row(NamedTuple):
-    """A line of the table of figures."""
+    """A row of the table of metrics; position to the expected band: inside, above, below or ""."""
 
     key: str
     label: str
     value: str
     note: str
-    state: str  # "inside", "above", "below" the expected band, or ""
+    position: str
 
 
 def tiles(run: Run) -> Iterator[tuple[str, str, str]]:
-    """(label, figure, note) of the few figures that say most."""
-    var, tokenizer = run.figures("var"), run.figures("tokenizer")
-    for stage, figures in (("var", var), ("tokenizer", tokenizer)):
-        fid = main_fid(figures)
-        keys = [fid, *(k for k in figures if k.startswith("class_accuracy") and stage == "var")]
-        for key in (*filter(None, keys), *(k for k in ("loss", "psnr") if k in figures)):
-            meaning = describe(key)
-            label = "Validation cross-entropy" if key == "loss" else meaning.label
-            yield label, show(figures[key], meaning), too_few(run, stage, key) or ""
-    seconds = [figures["seconds"] for figures in (tokenizer, var) if "seconds" in figures]
+    """Yield (label, value, note) of the few metrics that say most."""
+    seconds = []
+    for stage in ("var", "tokenizer"):
+        metrics = run.stage_metrics(stage)
+        accuracies = filter(is_class_accuracy, metrics) if stage == "var" else ()
+        keys = (main_fid(metrics), *accuracies, "loss", "psnr")
+        for key in (key for key in keys if key in metrics):
+            label = "Validation cross-entropy" if key == "loss" else describe(key).label
+            yield label, show(metrics[key], describe(key)), few_images(run, stage, key)
+        seconds += [metrics["seconds"]] if "seconds" in metrics else []
     if seconds:
         yield "Training time", show(sum(seconds), describe("seconds")), ""
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
-    """(what, value) of how the run was made."""
+    """Return (name, value) of what was run, and how."""
     env = run.environment
     commit = env.get("git_commit")
     state = " with changes" if env.get("git_dirty") else ""
@@ -56,59 +64,52 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in rows.items() if value not in (None, "")]
 
 
-def figure_rows(run: Run, stage: str) -> Iterator[Row]:
-    """All final figures of a stage but those by scale, which have a table of their own."""
+def metric_rows(run: Run, stage: str) -> Iterator[Row]:
+    """Yield the final metrics of a stage; those of single scales have a table of their own."""
     bands = {band.key: band for band in bands_of(run, stage)}
-    for key, value in run.figures(stage).items():
+    for key, value in run.stage_metrics(stage).items():
         if split_scale(key):
             continue
-        meaning = describe(key)
-        notes = [f"expected {bands[key].low:g} to {bands[key].high:g}"] if key in bands else []
-        notes += filter(None, [too_few(run, stage, key)])
-        state = bands[key].where if key in bands else ""
-        yield Row(f"{stage}/{key}", meaning.label, show(value, meaning), "; ".join(notes), state)
+        meaning, band = describe(key), bands.get(key)
+        notes = [f"expected {band.low:g} to {band.high:g}"] if band else []
+        note = "; ".join(filter(None, [*notes, few_images(run, stage, key)]))
+        position = band.position if band else ""
+        yield Row(f"{stage}/{key}", meaning.label, show(value, meaning), note, position)
 
 
 def scale_table(run: Run) -> dict[str, Any]:
-    """Headings and rows: a row for each scale, a column for each figure that there is.
+    """Return headings and rows: a row for each scale, a column for each metric.
 
-    Of a stage that has not ended those of its last validation.
+    Of a stage that has not ended, the metrics of its last validation.
     """
     columns: dict[tuple[str, str], dict[str, float]] = {}
     validated = False
     for stage in reversed(run.stages):
-        values = run.figures(stage)
-        if not values:
-            values = run.last_validation(stage)
-            validated |= bool(values)
-        for key, value in values.items():
-            parts = split_scale(key)
-            if parts:
+        metrics = run.stage_metrics(stage)
+        if not metrics:
+            metrics = run.last_validation(stage)
+            validated |= bool(metrics)
+        for key, value in metrics.items():
+            if parts := split_scale(key):
                 columns.setdefault((stage, parts[0]), {})[parts[1]] = value
-    sizes = run.scales
-    names = [name for name, _, _ in sizes] or list(next(iter(columns.values()), {}))
-    tokens = {name: f"{int(h * w):,}" for name, h, w in sizes}
-    meanings = {column: describe(column[1]) for column in columns}
+    meanings = [describe(key) for _, key in columns]
     heads = [
-        m.label.replace("FID", "FID after it") + (f", {m.unit}" if m.unit else "")
-        for m in meanings.values()
+        m.label.replace("FID", "FID after it") + (f", {m.unit}" if m.unit else "") for m in meanings
     ]
+    tokens = {name: f"{int(h * w):,}" for name, h, w in run.scales}
     rows = [
-        [
-            side(name),
-            tokens.get(name, ABSENT),
-            *(
-                show(values[name], meanings[column], unit=False) if name in values else ABSENT
-                for column, values in columns.items()
-            ),
+        [side(scale), tokens.get(scale, ABSENT)]
+        + [
+            show(values[scale], meaning, unit=False) if scale in values else ABSENT
+            for meaning, values in zip(meanings, columns.values(), strict=True)
         ]
-        for name in names
+        for scale in list(tokens) or list(next(iter(columns.values()), {}))
     ]
     return {"heads": ["Scale", "Tokens", *heads], "rows": rows, "validated": validated}
 
 
 def protocol_groups(tree: Any) -> list[tuple[str, list[tuple[int, str, str | None]]]]:
-    """(title, outline) of each part of a protocol; what has no part comes first."""
+    """Return (title, outline) of each part of a protocol; values outside of parts come first."""
     items = list(tree.items()) if isinstance(tree, Mapping) else []
     loose = {key: value for key, value in items if not isinstance(value, Mapping)}
     parts = [(str(key), value) for key, value in items if isinstance(value, Mapping)]
@@ -117,7 +118,7 @@ def protocol_groups(tree: Any) -> list[tuple[str, list[tuple[int, str, str | Non
 
 
 def outline(tree: Any, depth: int = 0) -> Iterator[tuple[int, str, str | None]]:
-    """(depth, name, value) of nested plain data; a name that holds more has no value."""
+    """Yield (depth, name, value) of nested plain data; the value of a heading is None."""
     items = tree.items() if isinstance(tree, Mapping) else [("", tree)]
     for key, value in items:
         name = str(key).replace("_", " ")
@@ -132,7 +133,7 @@ def outline(tree: Any, depth: int = 0) -> Iterator[tuple[int, str, str | None]]:
 
 
 def plain(value: Any) -> str:
-    """A plain value in words."""
+    """Write a plain value in words."""
     if value is None:
         return "none"
     if isinstance(value, bool):

@@ -1,8 +1,7 @@
-"""From tensors to pictures that a person looks at.
+"""Pictures from tensors: images on a light sheet with headings, drawn with torch and PIL.
 
-Everything here is drawn with torch and PIL: images enlarged by whole factors, so that a pixel
-stays a square, on a light sheet with headings. Every function returns a uint8 (H, W, 3) array,
-the form that every logger and `save_png` take.
+Small images are enlarged by whole factors, so that a pixel stays a square. Every function returns
+a uint8 (H, W, 3) array, the form that every logger and `save_png` take.
 
     N images, K scales, (C, H, W) an image with values in [0, 1]; C is 1 or 3
 """
@@ -18,28 +17,28 @@ from torch import Tensor
 from var_exp.io.files import replacing
 
 MIN_SIDE = 64  # smaller images are enlarged to at least this many pixels
-GAP = 4  #       between neighbouring images
+GAP = 4  #       between neighboring images
 MARGIN = 16  #   around the sheet, and between headings and images
 PAPER = (240, 240, 242)
 INK = (48, 48, 52)
-MAX_HEADING = 24  # letters
-CAPTION = 14  #  height of the letters below an image
+MAX_HEADING = 24  # characters
+CAPTION = 14  #  font size below an image
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[0, 1] -> 0..255 by rounding and clamping: the one rule for every image that leaves."""
+    """Convert [0, 1] to 0..255 by rounding and clamping, the one rule for all images written."""
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def save_png(image: np.ndarray, path: str | Path) -> None:
-    """Write a uint8 (H, W, 3) or (H, W, 1) array, all at once: a killed run leaves no half file."""
+    """Write a uint8 (H, W, 3) or (H, W, 1) array atomically."""
     pixels = image[:, :, 0] if image.shape[2] == 1 else image
     with replacing(path) as unfinished:
         Image.fromarray(pixels).save(unfinished, format="PNG")
 
 
 def grid(images: Tensor, columns: int) -> np.ndarray:
-    """Images (N, C, H, W), `columns` in a row."""
+    """Draw images (N, C, H, W), `columns` in a row."""
     pixels = _enlarge(images)
     return _sheet([pixels[i : i + columns] for i in range(0, len(pixels), columns)])
 
@@ -47,7 +46,7 @@ def grid(images: Tensor, columns: int) -> np.ndarray:
 def class_grid(
     images: Tensor, labels: Tensor, class_names: Sequence[str], columns: int = 10
 ) -> np.ndarray:
-    """Images (N, C, H, W), a row per class with its name; a class of many goes on below.
+    """Draw images (N, C, H, W), a row per class with its name; long rows continue below.
 
     Args:
         labels: (N,) classes; `len(class_names)` stands for "no class".
@@ -58,10 +57,10 @@ def class_grid(
             f"pictures: expected {len(images)} labels in 0..{len(class_names)}, got {len(labels)} "
             f"in {int(labels.min())}..{int(labels.max())}"
         )
-    pixels, labels = _enlarge(images), labels.cpu().numpy()
+    pixels, classes = _enlarge(images), labels.cpu().numpy()
     rows, headings = [], []
-    for label in np.unique(labels):
-        members = pixels[labels == label]
+    for label in np.unique(classes):
+        members = pixels[classes == label]
         for start in range(0, len(members), columns):
             rows.append(members[start : start + columns])
             headings.append("" if start else names[label])
@@ -71,7 +70,7 @@ def class_grid(
 def coarse_to_fine(
     per_scale: Sequence[Tensor], sizes: Sequence[tuple[int, int]], row_names: Sequence[str] = ()
 ) -> np.ndarray:
-    """A row per sample, a column per scale: what the image looks like after each scale.
+    """Draw samples after each scale: a row per sample, a column per scale.
 
     Args:
         per_scale: K tensors (N, C, H, W), as `tokenizer.decode(indices, per_scale=True)` gives
@@ -87,7 +86,7 @@ def coarse_to_fine(
 def reconstructions(
     originals: Tensor, per_scale: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
 ) -> np.ndarray:
-    """A column per image: the original, then its reconstruction after each scale.
+    """Draw a column per image: the original, then its reconstruction after each scale.
 
     Args:
         originals: (N, C, H, W).
@@ -100,23 +99,25 @@ def reconstructions(
 def captioned(
     rows: Tensor, captions: Sequence[Sequence[str]], column_names: Sequence[str] = ()
 ) -> np.ndarray:
-    """Images (N, columns, C, H, W), each with its caption below; "" leaves it bare.
+    """Draw images (N, columns, C, H, W), each with its caption below; "" for none.
 
     Args:
-        captions: N times as many as there are columns; a few letters each.
+        captions: N rows of as many as there are columns; a few characters each.
     """
     font = ImageFont.load_default(size=CAPTION)
-    drawn = []
+    cells: list[list[np.ndarray]] = []
     for images, words in zip(rows, captions, strict=True):
         pixels = _enlarge(images)
-        paper = np.broadcast_to(np.uint8(PAPER), (len(pixels), CAPTION + GAP, pixels.shape[2], 3))
-        drawn.append([])
+        paper = np.broadcast_to(
+            np.array(PAPER, np.uint8), (len(pixels), CAPTION + GAP, pixels.shape[2], 3)
+        )
+        cells.append([])
         for image, text in zip(np.concatenate([pixels, paper], axis=1), words, strict=True):
             cell = Image.fromarray(image)
             place = cell.width // 2, cell.height - GAP // 2
             ImageDraw.Draw(cell).text(place, text, INK, font, anchor="mb")
-            drawn[-1].append(np.asarray(cell))
-    return _sheet(drawn, column_names=column_names)
+            cells[-1].append(np.asarray(cell))
+    return _sheet(cells, column_names=column_names)
 
 
 def _scale_names(sizes: Sequence[tuple[int, int]]) -> list[str]:
@@ -136,23 +137,23 @@ def _enlarge(images: Tensor) -> np.ndarray:
 
 
 def _sheet(
-    rows: Sequence[Sequence[np.ndarray]],
+    rows: Sequence[Sequence[np.ndarray] | np.ndarray],
     row_names: Sequence[str] = (),
     column_names: Sequence[str] = (),
 ) -> np.ndarray:
-    """Rows of equally large images on paper, with headings at the left and on top.
+    """Draw rows of images of one size, with headings at the left and on top.
 
-    Rows may differ in length. Headings at the left end where the images begin; those on top
-    are centred above their columns.
+    Rows may differ in length.
     """
     height, width = rows[0][0].shape[:2]
     num_columns = max(len(row) for row in rows)
     _check_headings(row_names, len(rows), "rows")
     _check_headings(column_names, num_columns, "columns")
-    font = ImageFont.load_default(size=min(28, max(15, height // 5)))
+    font_size = min(28, max(15, height // 5))
+    font = ImageFont.load_default(font_size)
     row_names = [_shorten(name) for name in row_names]
     left = MARGIN + max((round(font.getlength(name)) + MARGIN for name in row_names), default=0)
-    top = MARGIN + (round(font.size) + MARGIN // 2 if column_names else 0)
+    top = MARGIN + (font_size + MARGIN // 2 if column_names else 0)
     size = (
         left + num_columns * (width + GAP) - GAP + MARGIN,
         top + len(rows) * (height + GAP) - GAP + MARGIN,

@@ -1,12 +1,13 @@
-"""What figures are called, in which unit they are shown, and which way is better.
+"""Metric names: what they mean, in which unit values are shown, and which direction is better.
 
-A figure's key is that of `metrics.json` without its stage, or a column of the CSV file without
-`val/`: `fid_<network>`, `loss_scale_<side>`, `class_accuracy_<judge>`, with `_raw` or `_averaged`
-at the end for weights that were not handed on.
+A name is a key of `metrics.json` without its stage, or a CSV column without `val/`:
+`fid_<network>`, `loss_scale_<side>`, `class_accuracy_<classifier>`, with `_raw` or `_averaged` at
+the end for the weights that are not evaluated by default.
 """
 
 import math
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 STAGE_NAMES = {"tokenizer": "Tokenizer", "var": "Transformer"}
@@ -16,45 +17,37 @@ NETWORKS = {
     "dinov2": "DINOv2 features",
     "clip": "CLIP features",
 }
-WIDTHS = {"inception": 2048}  # features of networks, where no protocol says it
+NUM_FEATURES = {"inception": 2048}  # where no protocol records it
 SCALE = re.compile(r"(.+)_scale_(\d+(?:x\d+)?)")
-SPACE = "\u202f"  # between a number and its unit; narrow, and no line ends there
+SPACE = "\u202f"  # between number and unit: narrow, without a line break
 MINUS = "\u2212"
 
 UP, DOWN = "larger", "smaller"
 
 
 class Meaning(NamedTuple):
-    """label: in words; unit: behind the number; better: UP, DOWN or None where neither is."""
+    """label: in words; better: UP, DOWN or None; digits: decimals, None for 4 significant."""
 
     label: str
     unit: str = ""
     better: str | None = None
-    digits: int | None = None  # after the point; None: four significant ones
+    digits: int | None = None
 
 
 KNOWN = {
     "loss": Meaning("Cross-entropy", "nats", DOWN, 3),
-    "loss_last_scale": Meaning("Cross-entropy at the last scale", "nats", DOWN, 3),
     "reducible_loss": Meaning("Reducible cross-entropy", "nats", DOWN, 3),
-    "reducible_loss_last_scale": Meaning(
-        "Reducible cross-entropy at the last scale", "nats", DOWN, 3
-    ),
-    "loss_above_law": Meaning("Above the scaling law", "nats", DOWN, 3),
-    "loss_above_law_last_scale": Meaning("Above the scaling law, last scale", "nats", DOWN, 3),
-    "acc": Meaning("Tokens right", "%", UP, 1),
-    "acc_last_scale": Meaning("Tokens right at the last scale", "%", UP, 1),
+    "loss_above_law": Meaning("Cross-entropy above the scaling law", "nats", DOWN, 3),
+    "acc": Meaning("Token accuracy", "%", UP, 1),
     "psnr": Meaning("PSNR", "dB", UP, 2),
     "ssim": Meaning("SSIM", "", UP, 4),
     "lpips": Meaning("LPIPS", "", DOWN, 4),
     "l1": Meaning("L1 distance", "", DOWN),
     "l2": Meaning("L2 distance", "", DOWN),
-    "usage": Meaning("Codes in use", "%", UP, 1),
-    "perplexity": Meaning("Perplexity of codes", "", None, 1),
+    "usage": Meaning("Codebook usage", "%", UP, 1),
+    "perplexity": Meaning("Codebook perplexity", "", None, 1),
     "seconds": Meaning("Training time", "s"),
 }
-
-# Prefix of a key, before the network or judge: what the figure is.
 BY_NETWORK = {
     "fid": Meaning("FID", "", DOWN, 2),
     "rfid": Meaning("rFID", "", DOWN, 2),
@@ -64,79 +57,112 @@ BY_NETWORK = {
     "recall": Meaning("Recall", "", UP, 3),
     "neighbour_ratio": Meaning("Distance to training images (held-out: 1)", "", None, 2),
 }
-BY_JUDGE = {
-    "class_accuracy_real": Meaning("Real images judged right", "%", None, 1),
-    "class_accuracy": Meaning("Judged right", "%", UP, 1),
+PREFIXES = (*BY_NETWORK, *(f"r{kind}" for kind in BY_NETWORK))  # r: of reconstructions
+BY_CLASSIFIER = {
+    "class_accuracy_real": Meaning("Classifier accuracy on real images", "%", None, 1),
+    "class_accuracy": Meaning("Classifier accuracy", "%", UP, 1),
+}
+ENDINGS = {
+    "_raw": ", raw weights",
+    "_averaged": ", averaged weights",
+    "_last_scale": " at the last scale",
 }
 
 
-def describe(key: str) -> Meaning:
-    """What a figure is; a key that nobody knows is shown as it is, without underscores."""
-    for suffix in ("_raw", "_averaged"):
-        if key.endswith(suffix):
-            of = describe(key.removesuffix(suffix))
-            return of._replace(label=f"{of.label}, {suffix[1:]} weights")
-    at_scale = SCALE.fullmatch(key)
-    if at_scale:
-        of = describe(at_scale[1])
-        return of._replace(label=f"{of.label}, {at_or_after(at_scale[1])} {side(at_scale[2])}")
-    if key in KNOWN:
-        return KNOWN[key]
-    kind, rest = _by_network(key)
+def describe(name: str) -> Meaning:
+    """Return the meaning of a metric; an unknown name is shown without underscores."""
+    for ending, words in ENDINGS.items():
+        if name.endswith(ending):
+            meaning = describe(name.removesuffix(ending))
+            return meaning._replace(label=meaning.label + words)
+    if parts := split_scale(name):
+        meaning = describe(parts[0])
+        # An FID is of the image after a scale, other metrics are of the scale itself.
+        where = "after" if is_fid(name) else "at"
+        return meaning._replace(label=f"{meaning.label}, {where} {side(parts[1])}")
+    if name in KNOWN:
+        return KNOWN[name]
+    kind, rest = _split(name, PREFIXES)
     if kind:
-        known = BY_NETWORK.get(kind) or BY_NETWORK[kind[1:]]
-        of = "" if kind in BY_NETWORK else " of reconstructions"
-        return known._replace(label=_in_words(known.label + of, rest))
-    for prefix, meaning in BY_JUDGE.items():
-        if key == prefix or key.startswith(f"{prefix}_"):
-            judge = key[len(prefix) + 1 :]
-            by = {"": "", "pixels": " from pixels"}.get(judge, f" by the {judge}")
-            return meaning._replace(label=meaning.label + by)
-    return Meaning(key.replace("_", " ").replace("/", ": "))
+        meaning = BY_NETWORK.get(kind) or BY_NETWORK[kind[1:]]
+        label = meaning.label if kind in BY_NETWORK else f"{meaning.label} of reconstructions"
+        return meaning._replace(label=label + _features(rest))
+    kind, rest = _split(name, BY_CLASSIFIER)
+    if kind:
+        meaning = BY_CLASSIFIER[kind]
+        features = "" if rest in ("", "classifier") else f", {rest}"
+        return meaning._replace(label=meaning.label + features)
+    return Meaning(name.replace("_", " ").replace("/", ": "))
 
 
-def at_or_after(key: str) -> str:
-    """FIDs are of the image after a scale, other figures of the scale itself."""
-    return "after" if key.startswith("fid") else "at"
+# -- kinds of metrics ---------------------------------------------------------------------
 
 
-def is_scored(key: str) -> bool:
-    """Whether a figure is one of images, which depends on the protocol of its evaluation."""
-    by_judge = any(key == prefix or key.startswith(f"{prefix}_") for prefix in BY_JUDGE)
-    return by_judge or bool(_by_network(key)[0])
+def is_fid(name: str) -> bool:
+    """Whether a metric is an FID, of samples or of reconstructions."""
+    return name.startswith(("fid", "rfid"))
 
 
-def network_of(key: str) -> str | None:
-    """The feature network in a key: `fid_inception_scale_4` -> `inception`."""
-    rest = _by_network(key)[1]
-    known = [name for name in NETWORKS if rest == name or rest.startswith(f"{name}_")]
-    return known[0] if known else rest.partition("_")[0] or None
+def is_class_accuracy(name: str) -> bool:
+    """Whether a metric is the classifier's accuracy on generated or reconstructed images."""
+    return name.startswith("class_accuracy") and not name.startswith("class_accuracy_real")
 
 
-def _by_network(key: str) -> tuple[str, str]:
-    """`rkid_clip_adm` -> (`rkid`, `clip_adm`); empty for figures without a feature network.
-
-    An r before the name says that the images are reconstructions.
-    """
-    for prefix in (*BY_NETWORK, *(f"r{name}" for name in BY_NETWORK)):
-        if key == prefix or key.startswith(f"{prefix}_"):
-            return prefix, key[len(prefix) + 1 :]
-    return "", ""
+def is_of_images(name: str) -> bool:
+    """Whether a metric scores images, and so depends on the protocol of its evaluation."""
+    return bool(_split(name, (*PREFIXES, *BY_CLASSIFIER))[0])
 
 
-def split_scale(key: str) -> tuple[str, str] | None:
-    """`loss_scale_4` -> (`loss`, `4`); None for figures of all scales together."""
-    found = SCALE.fullmatch(key)
+def is_of_tokens(name: str) -> bool:
+    """Whether a metric of the transformer depends on the tokenizer that made the tokens."""
+    return name.startswith(("loss", "acc", "reducible"))
+
+
+def main_fid(names: Iterable[str]) -> str | None:
+    """Return the FID to name first: with Inception where there is one; None without any."""
+    names = [n for n in names if is_fid(n) and not n.endswith(("_raw", "_averaged"))]
+    names = [name for name in names if not split_scale(name)]
+    return min(names, key=lambda name: network_of(name) != "inception", default=None)
+
+
+def network_of(name: str) -> str | None:
+    """Return the feature network in a name: `fid_inception_scale_4` -> `inception`."""
+    rest = _split(name, PREFIXES)[1]
+    return _split(rest, NETWORKS)[0] or rest.partition("_")[0] or None
+
+
+def split_scale(name: str) -> tuple[str, str] | None:
+    """Split `loss_scale_4` -> (`loss`, `4`); None for metrics of all scales together."""
+    found = SCALE.fullmatch(name)
     return (found[1], found[2]) if found else None
 
 
-def side(name: str) -> str:
-    """A scale in words: `4` -> 4×4, `4x2` -> 4×2."""
-    return name.replace("x", "×") if "x" in name else f"{name}×{name}"
+def side(scale: str) -> str:
+    """Write a scale in words: `4` -> 4×4, `4x2` -> 4×2."""
+    return scale.replace("x", "×") if "x" in scale else f"{scale}×{scale}"
+
+
+def _split(name: str, prefixes: Iterable[str]) -> tuple[str, str]:
+    """Split a known prefix off: `rkid_clip_adm` -> (`rkid`, `clip_adm`); ("", "") without one."""
+    for prefix in prefixes:
+        if name == prefix or name.startswith(f"{prefix}_"):
+            return prefix, name[len(prefix) + 1 :]
+    return "", ""
+
+
+def _features(rest: str) -> str:
+    """Name the features: `inception_adm` -> `, Inception, crop adm`."""
+    network, crop = _split(rest, NETWORKS)
+    if network:
+        return f", {NETWORKS[network]}" + (f", crop {crop}" if crop else "")
+    return f", {rest} features" if rest else ""
+
+
+# -- values -------------------------------------------------------------------------------
 
 
 def show(value: float, meaning: Meaning, unit: bool = True) -> str:
-    """A figure for people: rounded, with its unit, shares in percent."""
+    """Format a value for people: rounded, with its unit, shares in percent."""
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "infinite"
     if meaning.unit == "s":
@@ -154,7 +180,7 @@ def show(value: float, meaning: Meaning, unit: bool = True) -> str:
 
 
 def duration(seconds: float) -> str:
-    """95 -> 1 min 35 s; the two largest units."""
+    """Format a duration in its two largest units: 95 -> 1 min 35 s."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole}{SPACE}s"
@@ -163,14 +189,3 @@ def duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}{SPACE}h {whole % 3600 // 60}{SPACE}min"
     return f"{whole // 86400}{SPACE}d {whole % 86400 // 3600}{SPACE}h"
-
-
-def _in_words(label: str, rest: str) -> str:
-    """`FID`, `inception_adm` -> FID, Inception, crop adm."""
-    if not rest:
-        return label
-    for name, words in NETWORKS.items():
-        if rest == name or rest.startswith(f"{name}_"):
-            crop = rest[len(name) + 1 :]
-            return f"{label}, {words}" + (f", crop {crop}" if crop else "")
-    return f"{label}, {rest} features"

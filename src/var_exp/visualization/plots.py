@@ -1,10 +1,11 @@
-"""Figures over a stage's validations as pictures: curves, and heat maps with a row for each scale.
+"""Plots of validation metrics: curves with expected bands, and heat maps with a row per scale.
 
-Drawn with matplotlib's object interface: no window, no global state, safe in any process.
+Which metrics stand together is read from `panels`. Drawn with matplotlib's object interface: no
+window and no global state, so that it works in any process.
 """
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -12,68 +13,63 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-Curve = Sequence[tuple[int, float]]  # (batch, value)
-Band = Sequence[float]  # (low, high)
+from var_exp.visualization.metrics import describe, split_scale
+from var_exp.visualization.panels import Band, Curve, Panel, non_empty
 
-SINGLE = "#1f3b63"
+STRONG = "#1f3b63"  # metrics of all scales together
+GOLD = "#e8b84a"
 
 
-def curves(
-    history: Mapping[str, Curve],
-    panels: Mapping[str, Sequence[str]],
-    bands: Mapping[str, Band],
-) -> np.ndarray:
-    """A panel for each group of figures, coarse scales in light colours and fine ones in dark.
+def curves(history: Mapping[str, Curve], bands: Mapping[str, Band]) -> np.ndarray:
+    """Plot the main panels of validation metrics, coarse scales light and fine ones dark.
 
     Args:
-        history: figures by name.
-        panels: title -> the names in it, patterns such as `val/loss_scale_*` allowed. A name
-            without a pattern is drawn in bold.
-        bands: where a figure is expected to end, drawn behind it.
+        history: curves by the logged name.
+        bands: by the logged name, where a metric is expected to end; drawn behind its curve.
 
     Returns:
         uint8 (H, W, 3).
     """
+    panels = [(p, names) for p, names in non_empty(history, "val/") if not p.more]
     figure, row = _row_of_axes(len(panels))
-    for axes, (title, patterns) in zip(row, panels.items(), strict=True):
-        _panel(axes, title, patterns, history, bands)
+    for axes, (panel, names) in zip(row, panels, strict=True):
+        _plot(axes, panel, names, history, bands)
     return _pixels(figure)
 
 
-def heat_maps(history: Mapping[str, Curve], panels: Mapping[str, str]) -> np.ndarray:
-    """A map for each group of figures: a row for each scale, a column for each validation.
+def heat_maps(history: Mapping[str, Curve]) -> np.ndarray:
+    """Plot a heat map of each panel of per-scale metrics: scales downwards, validations across.
 
     Args:
-        history: figures by name.
-        panels: title -> a pattern of names, such as `val/usage_scale_*`.
+        history: curves by the logged name.
 
     Returns:
         uint8 (H, W, 3).
     """
+    panels = [(p, names) for p, names in non_empty(history, "val/") if p.is_per_scale]
     figure, row = _row_of_axes(len(panels))
-    for axes, (title, pattern) in zip(row, panels.items(), strict=True):
-        names = [name for name in history if fnmatch(name, pattern)]
+    for axes, (panel, names) in zip(row, panels, strict=True):
         batches = sorted({batch for name in names for batch, _ in history[name]})
         values = np.full((len(names), len(batches)), np.nan)
         for i, name in enumerate(names):
             for batch, value in history[name]:
-                values[i, batches.index(batch)] = value
-        # Shares from 0 to 1, all else from 0: or small differences would look like a collapse.
-        top = max(1.0, float(np.nanmax(values, initial=0.0)))
+                values[i, batches.index(batch)] = panel.factor * value
+        # Colors start at 0 and reach at least 100 %, or small differences would look like collapse.
+        top = max(panel.factor, float(np.nanmax(values, initial=0.0)))
         image = axes.imshow(
             values, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0.0, vmax=top
         )
         figure.colorbar(image, ax=axes)
-        axes.set_yticks(range(len(names)), [name.rpartition("scale_")[2] for name in names])
-        shown = np.unique(np.linspace(0, len(batches) - 1, min(len(batches), 6)).astype(int))
-        axes.set_xticks(shown, [str(batches[i]) for i in shown])
-        axes.set(title=title, xlabel="batch", ylabel="scale")
+        axes.set_yticks(range(len(names)), [_scale(name) for name in names])
+        ticks = np.unique(np.linspace(0, len(batches) - 1, min(len(batches), 6)).astype(int))
+        axes.set_xticks(ticks, [str(batches[i]) for i in ticks])
+        axes.set(title=panel.heading, xlabel="batch", ylabel="scale")
     return _pixels(figure)
 
 
 def _row_of_axes(count: int) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(5.5 * count, 4), dpi=110, layout="constrained")
-    return figure, figure.subplots(1, count, squeeze=False)[0]
+    figure = Figure(figsize=(5.5 * max(count, 1), 4), dpi=110, layout="constrained")
+    return figure, figure.subplots(1, count, squeeze=False)[0] if count else []
 
 
 def _pixels(figure: Figure) -> np.ndarray:
@@ -82,37 +78,31 @@ def _pixels(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
-def _panel(
+def _plot(
     axes: Axes,
-    title: str,
-    patterns: Sequence[str],
+    panel: Panel,
+    names: Sequence[str],
     history: Mapping[str, Curve],
     bands: Mapping[str, Band],
 ) -> None:
-    shown = []
-    for pattern in patterns:
-        names = [name for name in history if fnmatch(name, pattern)]
-        alone = pattern in names
-        for i, name in enumerate(names):
-            shade = colormaps["viridis_r"](0.15 + 0.8 * i / max(len(names) - 1, 1))
-            what = name.removeprefix("val/")
-            batches, values = zip(*history[name], strict=True)
-            axes.plot(
-                batches,
-                values,
-                color=SINGLE if alone else shade,
-                linewidth=2.2 if alone else 1.2,
-                marker="o",
-                markersize=3,
-                label=what if alone else what[what.find("scale_") :].replace("_", " "),
-            )
-        shown += names
-    for name, (low, high) in bands.items():
-        if name in shown:
-            label = f"{name.removeprefix('val/')} expected"
-            axes.axhspan(low, high, color="#e8b84a", alpha=0.3, label=label)
-    axes.set_title(title)
-    axes.set_xlabel("batch")
+    scales = [name for name in names if split_scale(name)]
+    for name in (*scales, *(name for name in names if name not in scales)):
+        batches, values = np.transpose(history[name])
+        if name in scales:
+            shade = 0.15 + 0.8 * scales.index(name) / max(len(scales) - 1, 1)
+            style: dict[str, Any] = {"color": colormaps["viridis_r"](shade), "linewidth": 1.2}
+            label = f"scale {_scale(name)}"
+        else:
+            style = {"color": STRONG, "linewidth": 2.2}
+            label = describe(name.removeprefix("val/")).label
+        axes.plot(batches, panel.factor * values, marker="o", markersize=3, label=label, **style)
+        if name in bands:
+            low, high = (panel.factor * end for end in bands[name])
+            axes.axhspan(low, high, color=GOLD, alpha=0.3, label=f"{label} expected")
+    axes.set(title=panel.heading, xlabel="batch")
     axes.grid(alpha=0.3)
-    if shown:
-        axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, ncols=2)
+
+
+def _scale(name: str) -> str:
+    return name.rpartition("_scale_")[2]

@@ -1,6 +1,6 @@
-"""Plots of the validation figures, and the report, refreshed while a stage trains."""
+"""Plots of validation metrics, and the report, refreshed while a stage trains."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,16 @@ from var_exp.training.callbacks.evaluation import log_figures, step
 from var_exp.training.loggers.guarded import Attempts, log_picture
 from var_exp.training.module import StageModule
 from var_exp.visualization.images import save_png
-from var_exp.visualization.plots import Band, curves, heat_maps
+from var_exp.visualization.panels import Band
+from var_exp.visualization.plots import curves, heat_maps
 
 
 class History(Callback):
-    """Base: remembers the figures of validations, and draws them after each."""
+    """Base: remembers the metrics of validations, and draws them after each."""
 
     def __init__(self) -> None:
         self.history: dict[str, list[tuple[int, float]]] = {}
-        self.attempt = Attempts("pictures of figures", "they may be missing in the run folder")
+        self.attempt = Attempts("plots of metrics", "they may be missing in the run folder")
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}
@@ -52,18 +53,15 @@ class History(Callback):
 
 
 class Curves(History):
-    """`curves.png`: the validations so far, with the band where a figure is expected to end.
+    """`curves.png`: validation metrics so far, with the bands in which they are expected to end.
 
     Args:
-        panels: see `var_exp.visualization.plots`.
         expected: `stage/metric` -> (low, high), of both stages; also logged, for dashboards.
     """
 
-    def __init__(
-        self, panels: Mapping[str, Sequence[str]], expected: Mapping[str, Band] | None = None
-    ):
+    def __init__(self, expected: Mapping[str, Band] | None = None):
         super().__init__()
-        self.panels, self.expected = panels, expected or {}
+        self.expected = expected or {}
 
     def draw(self, trainer: L.Trainer, module: StageModule) -> None:
         bands = {
@@ -80,23 +78,15 @@ class Curves(History):
         if ends:
             log_figures(trainer, ends)
         if trainer.is_global_zero:
-            self.show(trainer, "curves", curves(self.history, self.panels, bands))
+            self.show(trainer, "curves", curves(self.history, bands))
 
 
 class CodebookMap(History):
-    """`codebook.png`: how each scale uses its codes, a row for each scale, over the validations.
-
-    Args:
-        panels: see `var_exp.visualization.plots.heat_maps`.
-    """
-
-    def __init__(self, panels: Mapping[str, str]):
-        super().__init__()
-        self.panels = panels
+    """`codebook.png`: usage and perplexity of the codes, scale by scale, over the validations."""
 
     def draw(self, trainer: L.Trainer, module: StageModule) -> None:
         if trainer.is_global_zero:
-            self.show(trainer, "codebook", heat_maps(self.history, self.panels))
+            self.show(trainer, "codebook", heat_maps(self.history))
 
 
 class Report(Callback):

@@ -3,21 +3,24 @@
     python -m var_exp.training.loggers.wandb_workspace ENTITY/PROJECT --dry-run   what it would save
     python -m var_exp.training.loggers.wandb_workspace ENTITY/PROJECT             save it
 
-A view belongs to a project of W&B and is chosen in its workspace; each call saves another one, and
-those that are there stay as they are. Panels show the runs of both stages, each with what its
-runs log; what is logged for each scale is found by a pattern, so that any schedule will do.
+A view belongs to a W&B project and is chosen in its workspace; each call saves another one and
+leaves the others as they are. Its charts are those of `visualization.panels`, for the runs of both
+stages; a regular expression finds the metrics of the scales of any schedule.
 """
 
 import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import wandb
 
+from var_exp.visualization.panels import PANELS, PICTURES, Panel
+
 # The number of the batch, under which Lightning's logger logs everything: W&B's own step counts
-# calls, and begins anew where an offline run goes on.
+# calls, and starts again where an offline run is resumed.
 STEP = "trainer/global_step"
 NAME = "var-exp"
 
@@ -26,70 +29,57 @@ class Chart(NamedTuple):
     """metrics: drawn in one panel; pattern: a regular expression of them, in their place."""
 
     title: str
-    metrics: tuple[str, ...] = ()
+    metrics: Sequence[str] = ()
     pattern: str | None = None
 
 
 class Pictures(NamedTuple):
-    """key: of the pictures, of which the panel shows the newest and lets one go back."""
+    """key: of the pictures; the panel shows the newest and lets one go back."""
 
     title: str
     key: str
 
 
-SECTIONS: dict[str, tuple[Chart | Pictures, ...]] = {
-    "Pictures": (
-        Pictures("Samples, a row for each class", "val/samples"),
-        Pictures("Coarse to fine", "val/coarse_to_fine"),
-        Pictures("Reconstructions", "val/reconstructions"),
-        Pictures("Codes in use at each scale", "val/codebook"),
-    ),
-    "Transformer": (
-        Chart("Cross-entropy (nats)", ("val/loss", "val/loss_last_scale")),
-        Chart("Cross-entropy of each scale (nats)", pattern="^val/loss_scale_.*"),
-        Chart("Share of tokens right", ("val/acc", "val/acc_last_scale")),
-        Chart("Share of tokens right at each scale", pattern="^val/acc_scale_.*"),
-        Chart("FID of samples", pattern="^val/fid_.*"),
-        Chart("Share of images judged right", pattern="^val/class_accuracy_.*"),
-    ),
-    "Tokenizer": (
-        Chart("PSNR (dB)", ("val/psnr",)),
-        Chart("SSIM", ("val/ssim",)),
-        Chart("FID of reconstructions", pattern="^val/rfid_.*"),
-        Chart("Share of codes in use at each scale", pattern="^val/usage_scale_.*"),
-        Chart("Perplexity of codes at each scale", pattern="^val/perplexity_scale_.*"),
-        Chart("Terms of the loss", ("train/l1", "train/l2", "train/codebook")),
-    ),
-    "Training": (
-        Chart("Loss", ("train/loss",)),
-        Chart("Gradient norm", pattern="^train/.*grad_norm$"),
-        Chart("Learning rate", ("train/lr",)),
-        Chart("Weight decay", ("train/weight_decay",)),
-    ),
-    "Speed": (
-        Chart("Images per second", ("speed/images_per_second",)),
-        Chart("Share of time spent waiting for data", ("speed/data_wait",)),
-        Chart("Share of the machine's peak", ("speed/share_of_peak",)),
-        Chart("TFLOP/s of a device", ("speed/tflops",)),
-        Chart("Memory (GB)", pattern="^speed/.*memory_gb$"),
-        Chart("Hours left", ("speed/hours_left",)),
-    ),
+def charts_of(panel: Panel) -> list[Chart]:
+    """Split a panel into metrics of all scales together, which runs can share, and per-scale ones.
+
+    W&B shows logged values, so that percent are shares.
+    """
+    title = panel.heading.replace("%", "share")
+    charts = []
+    for label, per_scale in ((title, False), (f"{title}, at each scale", True)):
+        names = [name for name in panel.patterns if ("_scale_" in name) == per_scale]
+        if any("*" in name for name in names):
+            charts.append(Chart(label, pattern=f"^({'|'.join(names)})$".replace("*", ".*")))
+        elif names:
+            charts.append(Chart(label, names))
+    return charts
+
+
+SECTIONS: dict[str, list[Chart | Pictures]] = {
+    "Pictures": [Pictures(title, f"val/{name}") for name, title in PICTURES.items()],
+    **{
+        section: [chart for panel in panels for chart in charts_of(panel)]
+        for section, panels in groupby(PANELS, lambda panel: panel.section)
+    },
 }
 
 
 def describe() -> str:
-    """The view in words: its sections, panels, and what they show."""
+    """Return the view in words: its sections, panels, and what they show."""
     lines = []
     for section, panels in SECTIONS.items():
         lines.append(section)
         for panel in panels:
-            shown = [panel.key] if isinstance(panel, Pictures) else panel.metrics or [panel.pattern]
-            lines.append(f"  {panel.title}: {', '.join(shown)}")
+            if isinstance(panel, Pictures):
+                lines.append(f"  {panel.title}: {panel.key}")
+            else:
+                lines.append(f"  {panel.title}: {panel.pattern or ', '.join(panel.metrics)}")
     return "\n".join(lines)
 
 
 def make_view(entity: str, project: str) -> Any:
-    """The view as a `wandb_workspaces.workspaces.Workspace`, not saved yet.
+    """Return the view as a `wandb_workspaces.workspaces.Workspace`, not saved yet.
 
     Raises:
         ValueError: the package is not installed.
@@ -99,13 +89,13 @@ def make_view(entity: str, project: str) -> Any:
             "view: the package wandb-workspaces is not installed; "
             "type: pip install 'var-exp[view]', or look at the view with --dry-run"
         )
-    import wandb_workspaces.reports.v2 as panels  # optional, and needed here alone
+    import wandb_workspaces.reports.v2 as reports  # optional, and needed here alone
     import wandb_workspaces.workspaces as ws
 
     def panel(of: Chart | Pictures) -> Any:
         if isinstance(of, Pictures):
-            return panels.MediaBrowser(title=of.title, media_keys=[of.key], num_columns=1)
-        return panels.LinePlot(
+            return reports.MediaBrowser(title=of.title, media_keys=[of.key], num_columns=1)
+        return reports.LinePlot(
             title=of.title, x=STEP, y=list(of.metrics), metric_regex=of.pattern, title_x="batch"
         )
 
@@ -122,7 +112,7 @@ def make_view(entity: str, project: str) -> Any:
 
 
 def save(entity: str, project: str) -> str:
-    """Save the view; where to look at it.
+    """Save the view, and return its address.
 
     Raises:
         ValueError: the package is missing, nobody is logged in, or W&B refuses or is not reached.
@@ -141,7 +131,7 @@ def save(entity: str, project: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> str:
-    """Do what the arguments ask for; what to tell.
+    """Do what the arguments ask for, and return what to print.
 
     Raises:
         ValueError: see `save`; or the project is not given as ENTITY/PROJECT.
@@ -150,14 +140,14 @@ def main(arguments: Sequence[str]) -> str:
         "python -m var_exp.training.loggers.wandb_workspace", description=__doc__.splitlines()[0]
     )
     parser.add_argument("project", metavar="ENTITY/PROJECT", help="where runs are logged")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be saved")
-    given = parser.parse_args(arguments)
-    entity, _, project = given.project.partition("/")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be saved")
+    args = parser.parse_args(arguments)
+    entity, _, project = args.project.partition("/")
     if not entity or not project or "/" in project:
         raise ValueError(
-            f"view: expected ENTITY/PROJECT, as in the address of a run, got {given.project!r}"
+            f"view: expected ENTITY/PROJECT, as in the address of a run, got {args.project!r}"
         )
-    return describe() if given.dry_run else save(entity, project)
+    return describe() if args.dry_run else save(entity, project)
 
 
 if __name__ == "__main__":
