@@ -336,6 +336,6 @@ def test_what_the_command_line_chooses_wins_over_what_the_data_suggest(data):
 @every("data")
 def test_a_set_of_images_has_the_last_word_on_every_value_it_names(name):
     named = OmegaConf.load(CONF / "data" / f"{name}.yaml")
-    del named["defaults"]
+    named.pop("defaults", None)
     cfg = composed("train", f"data={name}")
     assert OmegaConf.merge(cfg, named) == cfg
