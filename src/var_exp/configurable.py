@@ -19,9 +19,8 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Le, Lt
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
-
 
 
 def _no_bool(value: Any) -> Any:
@@ -35,11 +34,8 @@ Zero = Annotated[Literal[0], BeforeValidator(_no_bool)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 Share = Annotated[float, Ge(0), Le(1)]
 Weight = Annotated[float, Ge(0), Le(1e6)]  # of a term in a sum
-Count = Annotated[int, Ge(1)]
-Index = Annotated[int, Ge(0)]
 VocabSize = Annotated[int, Ge(2)]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
-PositiveFloat = Annotated[float, Gt(0)]
 
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 # What an annotation asks for, by the type of pydantic's error; its own words for all others.
@@ -142,7 +138,7 @@ def checked(init: Init) -> Init:
 
     @functools.wraps(init)
     def wrapped(*args, **kwargs):
-        given = signature.bind(*args, **kwargs).arguments
+        given = signature.bind_partial(*args, **kwargs).arguments
         for name in given.keys() & ranges.keys():
             check_value(f"{owner}: {name}", given[name], ranges[name])
         return init(*args, **kwargs)
@@ -150,9 +146,7 @@ def checked(init: Init) -> Init:
     return wrapped
 
 
-def check_value(
-    key: str, value: Any, hint: Any, shown: Callable[[Any], str] = repr
-) -> None:
+def check_value(key: str, value: Any, hint: Any, shown: Callable[[Any], str] = repr) -> None:
     """Raise ValueError, in one line, unless a value is of an annotation and within its range.
 
     Strictly: neither "3" nor True is a whole number, and a number that is not finite is none. A
@@ -181,4 +175,5 @@ def _adapter(hint: Any) -> TypeAdapter:
 
 
 def _has_range(hint: Any) -> bool:
-    return hasattr(hint, "__metadata__") or any(map(_has_range, typing.get_args(hint)))
+    named = hasattr(hint, "__metadata__") or typing.get_origin(hint) is Literal
+    return named or any(map(_has_range, typing.get_args(hint)))

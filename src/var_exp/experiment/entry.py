@@ -22,7 +22,12 @@ from var_exp.distributed.collectives import is_distributed
 from var_exp.distributed.launch import START, agree_on_start
 from var_exp.distributed.signals import GOES_ON, RESUMABLE, TRACE
 from var_exp.distributed.slurm import SUBMIT, check_submission
-from var_exp.experiment.config.overrides import check_groups, nearest_keys, shape_of_job
+from var_exp.experiment.config.overrides import (
+    as_override,
+    check_groups,
+    nearest_keys,
+    shape_of_job,
+)
 from var_exp.experiment.config.validate import check_types
 from var_exp.experiment.errors import first_cause, is_of_another_process, mistake
 from var_exp.io.environment import environment
@@ -124,7 +129,7 @@ def check_sweep(num_processes: int) -> None:
 
 def how_to_go_on(run_dir: Path) -> str:
     """What goes on with a run when it is typed: its folder by name, or it would get a new one."""
-    folder = f"run_dir={shown_path(run_dir)}"
+    folder = as_override("run_dir", str(shown_path(run_dir)))
     if START in os.environ:  # of torchrun or srun, whose own arguments are not known here
         return f"the same command goes on with {folder}"
     given = HydraConfig.get().overrides.task

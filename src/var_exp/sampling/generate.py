@@ -18,9 +18,10 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import torch
 from annotated_types import Ge, Le
+from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
-from var_exp.configurable import Index, Seed, Zero, check_value
+from var_exp.configurable import Seed, Zero, check_value
 from var_exp.ops.linear import cast_once
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
@@ -34,7 +35,7 @@ Temperature = Annotated[float, Ge(1e-6), Le(1e6)]  # beyond, logits leave float3
 TopP = Zero | Annotated[float, Ge(1e-6), Le(1)]
 SETTINGS = {
     "cfg_scale": CfgScale,
-    "top_k": Index,
+    "top_k": NonNegativeInt,
     "top_p": TopP,
     "temperature": Temperature,
     "seed": Seed,

@@ -4,8 +4,9 @@
 its own is a group whose fields have theirs. The schema holds no defaults, which are in `conf/`,
 and nothing of parts with a `_target_`: what those take, their constructors say.
 
-Not merged by OmegaConf (`OmegaConf.structured`), which converts without a word ("3" to 3), knows no
-ranges and no `list[int | list[int]]`, and takes four lines to refuse a value: `validate.py` reads it.
+`validate.py` reads it, with pydantic. As a structured config of OmegaConf it would not be strict
+("3" becomes 3), would have no ranges and no `list[int | list[int]]`, and a wrong value would be
+refused in three or four lines.
 """
 
 from collections.abc import Callable
@@ -13,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, Lt, MinLen
-from pydantic import StringConstraints
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, StringConstraints
 
-from var_exp.configurable import Count, Index, PositiveFloat, Seed, VocabSize, Zero
+from var_exp.configurable import Seed, VocabSize, Zero
 from var_exp.sampling.generate import CfgScale, Temperature, TopP
 
 Part = Callable[..., Any]  # {_target_: ...}: a class or function with its arguments
@@ -43,7 +44,7 @@ class Sampling:
     """How samples are drawn."""
 
     cfg_scale: CfgScale = doc("Guidance weight at the last scale, rising from 0; 0 is none.")
-    top_k: Index = doc("Keep so many of the likeliest codes; 0 keeps all.")
+    top_k: NonNegativeInt = doc("Keep so many of the likeliest codes; 0 keeps all.")
     top_p: TopP = doc("Keep the likeliest codes up to this mass; 0 keeps all.")
     temperature: Temperature = doc("Divide the logits by this.")
 
@@ -52,10 +53,10 @@ class Sampling:
 class Scores:
     """What scores depend on; the defaults are torch-fidelity's."""
 
-    num_splits: Count = doc("Parts of a random split that the Inception Score is averaged over.")
-    kid_subsets: Count = doc("Random subsets that KID is averaged over.")
-    kid_subset_size: Count = doc("Images in each subset, or as many as there are.")
-    num_neighbours: Count = doc("Neighbours of precision and recall.")
+    num_splits: PositiveInt = doc("Random parts that the Inception Score is averaged over.")
+    kid_subsets: PositiveInt = doc("Random subsets that KID is averaged over.")
+    kid_subset_size: PositiveInt = doc("Images in each subset, or as many as there are.")
+    num_neighbours: PositiveInt = doc("Neighbours of precision and recall.")
     seed: Annotated[int, Ge(0), Lt(2**32)] = doc("Of splits and subsets.")
 
 
@@ -74,8 +75,8 @@ class Evaluation:
     )
     batch_size: BatchSize = doc("Samples that are drawn at once.")
     both_weights: bool = doc("Score raw and averaged weights in training, where both are kept.")
-    every_n_batches: Count | None = doc("Batches between scores; null scores at each validation.")
-    every_n_epochs: Count | None = doc("Epochs between scores, in place of every_n_batches.")
+    every_n_batches: PositiveInt | None = doc("Batches between scores; null: at each validation.")
+    every_n_epochs: PositiveInt | None = doc("Epochs between scores, in place of every_n_batches.")
     weights: str | None = doc("File of the network's weights; null fetches them where needed.")
     reference: str | None = doc("An .npz to compare with; null takes images of the data set.")
     num_reference: ScoredImages | None = doc("Training images to compare with, at most.")
@@ -92,10 +93,10 @@ class Stage:
     """How long a stage trains; lengths are in global batches."""
 
     batch_size: BatchSize = doc("Images of a batch, over all devices.")
-    num_batches: Count | None = doc("Length of the stage; null where epochs is given.")
+    num_batches: PositiveInt | None = doc("Length of the stage; null where epochs is given.")
     epochs: PositiveFloat | None = doc("Length of the stage in epochs, in place of num_batches.")
-    val_every: Count = doc("Batches between validations.")
-    save_every: Count | None = doc("Batches between checkpoints, besides those at validations.")
+    val_every: PositiveInt = doc("Batches between validations.")
+    save_every: PositiveInt | None = doc("Batches between checkpoints besides validations'.")
     module: Part = doc("The stage's LightningModule, with its loss, optimizer and schedule.")
 
 
@@ -104,7 +105,7 @@ class Tokens:
     """The images in the tokenizer's codes, which stage two trains on."""
 
     dir: Word | None = doc("Folder of the codes; null is tokens/ in the run folder.")
-    views: Count = doc("Views of each training image; epoch e trains on view e % views.")
+    views: PositiveInt = doc("Views of each training image; epoch e trains on view e % views.")
     batch_size: BatchSize = doc("Images that a device encodes at once.")
 
 
@@ -123,7 +124,7 @@ class TrainConfig:
     objective: str | None = doc("Metric that train() returns, for searches: var/loss.")
     runs_dir: Word = doc("Folder of all runs; `latest` in it links to the newest.")
     run_dir: Word = doc("Folder of this run.")
-    num_threads: Count | None = doc("CPU threads of each process; null is one for each core.")
+    num_threads: PositiveInt | None = doc("CPU threads of each process; null is one for each core.")
     data: Part = doc("The images.")
     datamodule: Part = doc("The LightningDataModule that loads them.")
     tokenizer: Part = doc("Network of stage one.")
@@ -148,14 +149,14 @@ class SampleConfig(Sampling):
     official_dir: Word = doc("Folder of the published files.")
     weights: Literal["averaged", "raw"] | None = doc("Weights to use where a run kept both.")
     classes: Any = doc("all, a list of classes, or null for samples without a class.")
-    num_samples: Index | None = doc("Samples in all; null is 16, or what the evaluation asks for.")
+    num_samples: NonNegativeInt | None = doc("Samples in all; null is 16, or the evaluation's.")
     seed: Seed = doc("Sample i depends on the seed and i alone.")
     batch_size: BatchSize = doc("Samples that are drawn at once; no sample depends on it.")
     precision: str = doc("32-true or bf16-mixed.")
     compile: bool | Literal["graphs"] = doc("Compile the networks; graphs adds CUDA graphs.")
     device: Device = doc("auto, cpu, cuda or mps.")
-    devices: Count = doc("Processes on this machine, each with its device.")
-    num_nodes: Count = doc("Machines with as many processes each.")
+    devices: PositiveInt = doc("Processes on this machine, each with its device.")
+    num_nodes: PositiveInt = doc("Machines with as many processes each.")
     out_dir: Word = doc("Folder of the samples.")
     png: bool = doc("Write a file for each sample.")
     npz: bool = doc("Write one file of all samples.")

@@ -64,9 +64,9 @@ def values(tree: Any, hint: Any, variables: set[str], key: str = "") -> Iterator
     inside: Mapping[str, Any] = {}
     if dataclasses.is_dataclass(hint) and isinstance(tree, dict):
         inside = typing.get_type_hints(hint, include_extras=True)
+        check_names(tree, inside, variables, key, "there is no such key")
         if missing := [name for name in inside if name not in tree]:
             raise ValueError(f"{key}.{missing[0]}: is missing".lstrip("."))
-        check_names(tree, inside, variables, key, "there is no such key")
     elif isinstance(tree, dict) and typing.get_origin(hint) is dict:
         inside = dict.fromkeys(tree, typing.get_args(hint)[1])
         hint = dict
