@@ -23,6 +23,7 @@ from var_exp.distributed.launch import check_tasks, given_by_torchrun
 from var_exp.evaluation import FeatureNetwork, ScoreSettings
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.experiment.config.validate import check_part
+from var_exp.io.files import check_writable
 from var_exp.sampling.generate import check_settings
 from var_exp.scales import ScaleSchedule
 from var_exp.tokenizer import VQVAE
@@ -62,11 +63,8 @@ def check_stages(cfg: DictConfig) -> None:
 
 
 def check_tokens(cfg: DictConfig) -> None:
-    for name in ("views", "batch_size"):
-        if cfg.tokens[name] < 1:
-            raise ValueError(
-                f"tokens: {name} must be at least 1, got {cfg.tokens[name]} (tokens.{name})"
-            )
+    if cfg.tokens.dir is not None:
+        check_writable(Path(cfg.tokens.dir), "tokens.dir")
     corrupt = cfg.model.var.module.get("corrupt", 0)
     if "tokens" in cfg.stages and corrupt > 0:
         raise ValueError(
@@ -85,7 +83,6 @@ def check_evaluation(cfg: DictConfig) -> None:
             f"{counts} and {cfg.evaluation.batch_size}"
         )
     check_interval(cfg.evaluation.every_n_batches, cfg.evaluation.every_n_epochs)
-    ScoreSettings(**cfg.evaluation.scores).check()
 
 
 def check_reference(cfg: DictConfig) -> None:

@@ -24,7 +24,7 @@ def as_override(key: str, value: Any) -> str:
     """`key=value` as Hydra reads it, whatever is in the value; a shell needs `shlex.quote` of it.
 
     Args:
-        value: plain data; a word with `${` in it stays one, and becomes no interpolation.
+        value: plain data, mappings with names as keys; a word with `${` in it stays one, and becomes no interpolation.
     """
     return f"{key}={_as_value(value)}"
 
@@ -33,7 +33,7 @@ def _as_value(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Mapping):
-        return f"{{{','.join(f'{_as_value(k)}:{_as_value(v)}' for k, v in value.items())}}}"
+        return f"{{{','.join(f'{k}:{_as_value(v)}' for k, v in value.items())}}}"
     if isinstance(value, list | tuple):
         return f"[{','.join(map(_as_value, value))}]"
     text = str(value)
@@ -66,7 +66,7 @@ def check_groups(arguments: list[str]) -> None:
         group, kind = override.key_or_group, override.value_type
         if group not in groups or override.is_sweep_override() or override.is_delete():
             continue
-        if group.startswith("hydra") or group == "callbacks":  # which have other choices, or none
+        if group.startswith("hydra") or override.package:  # which have other choices, or none
             continue
         if kind is not ValueType.ELEMENT or isinstance(override.value(), str | list | dict):
             continue

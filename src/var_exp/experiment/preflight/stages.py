@@ -11,13 +11,13 @@ from var_exp.experiment.preflight.report import Findings, course_rows, memory_ro
 from var_exp.experiment.preflight.resources import (
     Devices,
     Needs,
-    check_writable,
     device_memory,
     free_bytes,
     needs_of,
     parameters_of,
     ready,
 )
+from var_exp.io.files import check_writable
 from var_exp.io.text import amount, table
 from var_exp.tokenizer import VQVAE
 from var_exp.training.module import StageModule
@@ -106,7 +106,7 @@ def check_tokens(job: Job, source: ImageSource, tokenizer: VQVAE, found: Finding
     """The codes that stage two trains from, and the table of what they take."""
     cache = job.cache(ImageDataModule(source, job.seed), tokenizer)
     found.attempt(cache.check)
-    found.attempt(check_writable, cache.folder)
+    found.attempt(check_writable, cache.folder, "tokens.dir")
     free = free_bytes(cache.folder)
     rows = {
         "images": cache.sizes,
