@@ -24,7 +24,7 @@ def as_override(key: str, value: Any) -> str:
     """`key=value` as Hydra reads it, whatever is in the value; a shell needs `shlex.quote` of it.
 
     Args:
-        value: plain data, mappings with names as keys; a word with `${` in it stays one, and becomes no interpolation.
+        value: plain data, mappings with names as keys; `${` in a word is no interpolation.
     """
     return f"{key}={_as_value(value)}"
 
