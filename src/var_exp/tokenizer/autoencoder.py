@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from annotated_types import MinLen
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from var_exp.configurable import Fraction, checked, recorded
@@ -172,7 +172,7 @@ class Encoder(nn.Module):
         code_dim: PositiveInt = 32,
         width: PositiveInt = 160,
         multipliers: Multipliers = (1, 1, 2, 2, 4),
-        num_res_blocks: NonNegativeInt | Sequence[NonNegativeInt] = 2,
+        num_res_blocks: int | Sequence[int] = 2,
         attention: bool = True,
         dropout: Fraction = 0.0,
         patch_size: PositiveInt = 1,
@@ -219,7 +219,7 @@ class Decoder(nn.Module):
         code_dim: PositiveInt = 32,
         width: PositiveInt = 160,
         multipliers: Multipliers = (1, 1, 2, 2, 4),
-        num_res_blocks: NonNegativeInt | Sequence[NonNegativeInt] = 2,
+        num_res_blocks: int | Sequence[int] = 2,
         attention: bool = True,
         dropout: Fraction = 0.0,
         patch_size: PositiveInt = 1,
