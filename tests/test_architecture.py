@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "transformer": {"scales", "configurable", "ops", "io", "distributed.collectives"},
     "sampling": NETWORKS,
     "api": NETWORKS | {"sampling"},
-    "data": {"scales"} | GROUND,
+    "data": {"scales", "configurable"} | GROUND,
     "visualization": {"io"},
     "report": {"visualization", "io"},
     "checkpoint": NETWORKS | {"sampling"} | GROUND,

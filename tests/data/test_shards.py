@@ -166,7 +166,7 @@ def test_a_rank_reads_blocks_of_its_own(world_size):
 
 @pytest.mark.parametrize("changes", [{"buffer": 0}, {"lanes": 0}])
 def test_a_buffer_or_lanes_of_nothing_are_refused(changes):
-    with pytest.raises(ValueError, match=r"expected at least 1 of both .data\.buffer, data\.lanes"):
+    with pytest.raises(ValueError, match="(buffer|lanes): expected a number > 0, got 0"):
         shards("any", **changes)
 
 

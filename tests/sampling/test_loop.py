@@ -347,9 +347,9 @@ def test_sampling_under_autocast_gives_float32_images(transformer, tokenizer):
     ],
 )
 def test_a_setting_out_of_range_is_refused_with_its_value(transformer, tokenizer, setting, value):
-    with pytest.raises(ValueError, match=f"{setting} must be .*got {value}"):
+    with pytest.raises(ValueError, match=f"{setting}: expected .*got {value}"):
         generate(transformer, tokenizer, [0], **{setting: value})
-    with pytest.raises(ValueError, match=f"{setting} must be .*got {value}"):
+    with pytest.raises(ValueError, match=f"{setting}: expected .*got {value}"):
         list(iterate_samples(transformer, tokenizer, [0], batch_size=1, **{setting: value}))
 
 

@@ -193,7 +193,7 @@ def test_precisions_in_which_codes_or_losses_suffer_are_refused(precision, digit
         ({"weights": "best"}, "weights: expected averaged, raw"),
         ({"micro_batch": 0}, "micro_batch"),
         ({"max_skipped": 0}, "max_skipped"),
-        ({"clip": -1.0}, "clip must be at least 0"),
+        ({"clip": -1.0}, "clip: expected a number >= 0"),
         ({"average_decay": 1.0}, "average_decay"),
         ({"average_decay": -0.5}, "average_decay"),
         ({"weight_decay": -0.1}, "weight_decay"),

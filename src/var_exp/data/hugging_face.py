@@ -17,10 +17,12 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 from PIL import Image
+from pydantic import PositiveInt
 
+from var_exp.configurable import checked
 from var_exp.data.encoded import EncodedImages, EncodedSource
 from var_exp.data.parquet_images import ParquetImages, decode_struct, open_parquet, read_row_groups
-from var_exp.data.shuffle import block_order, check_order
+from var_exp.data.shuffle import block_order
 
 
 class HuggingFace(EncodedSource):
@@ -41,6 +43,7 @@ class HuggingFace(EncodedSource):
 
     place_option = "data.path=..."
 
+    @checked
     def __init__(
         self,
         path: str | None,
@@ -52,12 +55,11 @@ class HuggingFace(EncodedSource):
         label_column: str | None = "label",
         revision: str | None = None,
         streamed: bool = False,
-        buffer: int = 1024,
-        lanes: int = 8,
+        buffer: PositiveInt = 1024,
+        lanes: PositiveInt = 8,
         **options,
     ):
         super().__init__(name, **options)
-        check_order(name, buffer, lanes)
         self.path, self.config, self.revision = path, config, revision
         self.split, self.val_split = split, val_split
         self.image_column, self.label_column = image_column, label_column

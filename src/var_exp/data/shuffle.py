@@ -41,12 +41,3 @@ def block_order(blocks: np.ndarray, buffer: int, lanes: int, seed: int, epoch: i
         places = np.arange(len(piece)) + buffer / lanes * rng.random(len(piece))
         order[lane::lanes] = piece[np.argsort(places)]
     return order
-
-
-def check_order(name: str, buffer: int, lanes: int) -> None:
-    """ValueError where the options of `block_order` are out of range."""
-    if buffer < 1 or lanes < 1:
-        raise ValueError(
-            f"{name}: buffer is {buffer} and lanes {lanes}, expected at least 1 of both "
-            "(data.buffer, data.lanes)"
-        )

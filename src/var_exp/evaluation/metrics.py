@@ -55,16 +55,6 @@ class ScoreSettings(NamedTuple):
     num_neighbours: int = 3
     seed: int = 2020
 
-    def check(self) -> None:
-        """Raise ValueError for a number that is too small."""
-        for name, value in self._asdict().items():
-            smallest = 0 if name == "seed" else 1
-            if value < smallest:
-                raise ValueError(
-                    f"evaluation: {name} must be at least {smallest}, got {value} "
-                    f"(evaluation.scores.{name})"
-                )
-
 
 def scores(
     fake: Features,

@@ -18,6 +18,7 @@ from var_exp.distributed.rank import is_main_process
 from var_exp.distributed.signals import GOES_ON, forget_trace
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.experiment.config.checks import check_sweep, trained
+from var_exp.experiment.config.overrides import as_override
 from var_exp.experiment.resume import (
     changed_code,
     check_changes,
@@ -85,7 +86,7 @@ class Run:
         """What to type to resume the run; its folder by name, or it would get a new one."""
         if "run_dir" not in self.cfg:
             return GOES_ON
-        folder = f"run_dir={shown_path(self.path)}"
+        folder = as_override("run_dir", shown_path(self.path))
         if START in os.environ:  # of torchrun or srun, whose own arguments are not known here
             return f"the same command goes on with {folder}"
         given = HydraConfig.get().overrides.task

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -10,6 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def nearest(folder: Path) -> Path:
+    """The folder itself, or the nearest around it that exists."""
+    folder = folder.absolute()
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Raise ValueError where a folder, named by a key, cannot be made or written in."""
+    place = nearest(folder)
+    if not place.is_dir():
+        raise ValueError(f"{key}: expected a folder, {str(place)!r} is a file")
+    is_storage = shutil.disk_usage(place).total > 0  # /proc is none, also where one may write
+    if not is_storage or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{key}: no permission to write in {str(place)!r}, where {str(folder)!r} would be; "
+            f"choose another folder, or ask for permission"
+        )
 
 
 @contextmanager

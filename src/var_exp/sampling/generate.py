@@ -13,13 +13,15 @@ cumulative distribution. So an image does not depend on the batch it is drawn in
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
+from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
+from var_exp.configurable import Seed, Zero, check_value
 from var_exp.ops.linear import cast_once
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
@@ -27,6 +29,17 @@ from var_exp.transformer import VAR
 # Batches of many samples are multiples of this, which keeps a sample's arithmetic the same to the
 # last bit in batches of different size; as many are decoded at once, which bounds the memory.
 ROWS = 8
+
+CfgScale = Annotated[float, Ge(0), Le(1e4)]
+Temperature = Annotated[float, Ge(1e-6), Le(1e6)]  # beyond, logits leave float32
+TopP = Zero | Annotated[float, Ge(1e-6), Le(1)]
+SETTINGS = {
+    "cfg_scale": CfgScale,
+    "top_k": NonNegativeInt,
+    "top_p": TopP,
+    "temperature": Temperature,
+    "seed": Seed,
+}
 
 
 class Samples(NamedTuple):
@@ -71,7 +84,9 @@ def generate(
     Raises:
         ValueError: an argument out of its range, or networks that do not fit each other.
     """
-    check_settings(cfg_scale, top_k, top_p, temperature, seed)
+    check_settings(
+        cfg_scale=cfg_scale, top_k=top_k, top_p=top_p, temperature=temperature, seed=seed
+    )
     check_fit(transformer, tokenizer)
     if labels is not None and num_samples not in (None, len(labels)):
         raise ValueError(
@@ -288,23 +303,12 @@ def _rng(seed: int, sample_id: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(sample_id,)))
 
 
-def check_settings(
-    cfg_scale: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 0.0,
-    temperature: float = 1.0,
-    seed: int = 0,
-) -> None:
-    """Raise ValueError for a sampling setting of another type or out of its range."""
-    for name, value, kind, expected, fits in (
-        ("cfg_scale", cfg_scale, Real, "a number >= 0 (0 is no guidance)", lambda x: x >= 0),
-        ("top_k", top_k, Integral, "a whole number >= 0 (0 keeps all codes)", lambda x: x >= 0),
-        ("top_p", top_p, Real, "in [0, 1] (0 keeps all codes)", lambda x: 0 <= x <= 1),
-        ("temperature", temperature, Real, "a number > 0", lambda x: x > 0),
-        ("seed", seed, Integral, "a whole number >= 0", lambda x: x >= 0),
-    ):
-        if not isinstance(value, kind) or not fits(value):
-            raise ValueError(f"sampling: {name} must be {expected}, got {value} ({name}=...)")
+def check_settings(**settings: float) -> None:
+    """Raise ValueError for a sampling setting of another name or type, or out of its range."""
+    for name, value in settings.items():
+        if name not in SETTINGS:
+            raise ValueError(f"sampling: expected {', '.join(SETTINGS)}, got a setting {name!r}")
+        check_value(f"sampling: {name}", value, SETTINGS[name])
 
 
 def check_fit(transformer: VAR, tokenizer: VQVAE) -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from var_exp.configurable import Weight, checked
 from var_exp.distributed.collectives import sum_over_ranks, world_size
 
 KEY = "adversary"
@@ -83,20 +84,19 @@ class Adversary(nn.Module):
         ValueError: an argument out of its range.
     """
 
+    @checked
     def __init__(
         self,
         discriminator: nn.Module,
-        weight: float = 0.5,
+        weight: Weight = 0.5,
         adaptive: bool = True,
-        max_weight: float = 1e4,
+        max_weight: Weight = 1e4,
         start: float | int = 0.2,
         ramp: float | int = 0.02,
-        lecam: float = 0.0,
+        lecam: Weight = 0.0,
         loss: str = "hinge",
     ):
         super().__init__()
-        for name, value in {"weight": weight, "max_weight": max_weight, "lecam": lecam}.items():
-            _check(name, value, isinstance(value, int | float) and value >= 0, "at least 0")
         for name, value in {"start": start, "ramp": ramp}.items():
             share = type(value) is float and 0 <= value <= 1
             batches = type(value) is int and value >= 0  # and so no bool

@@ -10,14 +10,19 @@ state dict fits without renaming; `up` is indexed by resolution and runs from la
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import MinLen
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from var_exp.configurable import recorded
+from var_exp.configurable import Fraction, checked, recorded
 from var_exp.ops.convolution import WIDE, Conv3x3
 from var_exp.ops.upsampling import Upsample
+
+Multipliers = Annotated[Sequence[PositiveInt], MinLen(1)]
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -160,16 +165,17 @@ class Encoder(nn.Module):
             at a resolution without blocks.
     """
 
+    @checked
     def __init__(
         self,
-        in_channels: int = 3,
-        code_dim: int = 32,
-        width: int = 160,
-        multipliers: Sequence[int] = (1, 1, 2, 2, 4),
+        in_channels: PositiveInt = 3,
+        code_dim: PositiveInt = 32,
+        width: PositiveInt = 160,
+        multipliers: Multipliers = (1, 1, 2, 2, 4),
         num_res_blocks: int | Sequence[int] = 2,
         attention: bool = True,
-        dropout: float = 0.0,
-        patch_size: int = 1,
+        dropout: Fraction = 0.0,
+        patch_size: PositiveInt = 1,
     ):
         super().__init__()
         self.in_channels, self.patch_size = in_channels, patch_size
@@ -206,16 +212,17 @@ class Decoder(nn.Module):
     is not clamped.
     """
 
+    @checked
     def __init__(
         self,
-        out_channels: int = 3,
-        code_dim: int = 32,
-        width: int = 160,
-        multipliers: Sequence[int] = (1, 1, 2, 2, 4),
+        out_channels: PositiveInt = 3,
+        code_dim: PositiveInt = 32,
+        width: PositiveInt = 160,
+        multipliers: Multipliers = (1, 1, 2, 2, 4),
         num_res_blocks: int | Sequence[int] = 2,
         attention: bool = True,
-        dropout: float = 0.0,
-        patch_size: int = 1,
+        dropout: Fraction = 0.0,
+        patch_size: PositiveInt = 1,
     ):
         super().__init__()
         self.patch_size = patch_size

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from var_exp.configurable import recorded
+from var_exp.configurable import Fraction, VocabSize, checked, recorded
 from var_exp.distributed.collectives import from_first, own_part, sum_over_ranks
 
 # Where codes start -> steps of k-means after starting at vectors of the data; None: no start.
@@ -49,13 +50,9 @@ class BaseCodebook(nn.Module):
         ValueError: fewer than two codes.
     """
 
-    def __init__(self, vocab_size: int, code_dim: int):
+    @checked
+    def __init__(self, vocab_size: VocabSize, code_dim: PositiveInt):
         super().__init__()
-        if vocab_size < 2:
-            raise ValueError(
-                f"codebook: expected at least 2 codes, got {vocab_size} "
-                f"(tokenizer.quantizer.codebook.vocab_size)"
-            )
         self.vocab_size, self.code_dim = vocab_size, code_dim
 
     @property
@@ -111,22 +108,17 @@ class Codebook(BaseCodebook):
         ValueError: fewer than two codes, or a value outside its range.
     """
 
+    @checked
     def __init__(
         self,
-        vocab_size: int,
-        code_dim: int,
+        vocab_size: VocabSize,
+        code_dim: PositiveInt,
         cosine: bool = False,
-        decay: float = 0.98,
-        restart_below: float = 0.0,
+        decay: Fraction = 0.98,
+        restart_below: Fraction = 0.0,
         start_from: str = "none",
     ):
         super().__init__(vocab_size, code_dim)
-        for name, share in (("decay", decay), ("restart_below", restart_below)):
-            if not 0 <= share < 1:
-                raise ValueError(
-                    f"codebook: {name} must be in [0, 1), got {share} "
-                    f"(tokenizer.quantizer.codebook.{name})"
-                )
         self.start_from = check_start(start_from, STARTS)
         self.cosine, self.decay, self.restart_below = cosine, decay, restart_below
         self.weight = nn.Parameter(torch.empty(vocab_size, code_dim))
@@ -230,13 +222,14 @@ class EMACodebook(Codebook):
         others: see `Codebook`; `decay` is also that of the means.
     """
 
+    @checked
     def __init__(
         self,
-        vocab_size: int,
-        code_dim: int,
+        vocab_size: VocabSize,
+        code_dim: PositiveInt,
         cosine: bool = False,
-        decay: float = 0.98,
-        restart_below: float = 0.03,
+        decay: Fraction = 0.98,
+        restart_below: Fraction = 0.03,
         start_from: str = "data",
     ):
         super().__init__(vocab_size, code_dim, cosine, decay, restart_below, start_from)

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from var_exp.configurable import recorded
+from var_exp.configurable import Share, Weight, check_value, checked, recorded
 from var_exp.distributed.collectives import of_whole_batch
 from var_exp.scales import ScaleSchedule, Side
 from var_exp.tokenizer.codebook import BaseCodebook
@@ -90,32 +91,30 @@ class MultiScaleQuantizer(nn.Module):
         ValueError: a value outside its range.
     """
 
+    @checked
     def __init__(
         self,
         patch_nums: Sequence[Side],
         codebook: BaseCodebook,
         per_scale: bool = False,
-        num_phi: int = 4,
-        phi_ratio: float = 0.5,
-        beta: float = 0.25,
-        scale_drop: float = 0.0,
-        scale_drop_from: int = 1,
-        entropy: float = 0.0,
-        entropy_temperature: float = 0.01,
+        num_phi: PositiveInt = 4,
+        phi_ratio: Share = 0.5,
+        beta: Weight = 0.25,
+        scale_drop: Share = 0.0,
+        scale_drop_from: PositiveInt = 1,
+        entropy: Weight = 0.0,
+        entropy_temperature: PositiveFloat = 0.01,
     ):
         super().__init__()
         self.schedule = ScaleSchedule(patch_nums)
         num_scales = self.schedule.num_scales
         most, scales = max(num_scales, 4), f"in 1..{num_scales}, the number of scales"
         phis = f"in 1..{most} (1 shared, 4 as published, {num_scales} one per scale)"
-        for name, value, expected, fits in (
-            ("num_phi", num_phi, phis, 1 <= num_phi <= most),
-            ("scale_drop", scale_drop, "in [0, 1]", 0 <= scale_drop <= 1),
-            ("scale_drop_from", scale_drop_from, scales, 1 <= scale_drop_from <= num_scales),
-            ("entropy", entropy, ">= 0", entropy >= 0),
-            ("entropy_temperature", entropy_temperature, "> 0", entropy_temperature > 0),
+        for name, value, expected, largest in (
+            ("num_phi", num_phi, phis, most),
+            ("scale_drop_from", scale_drop_from, scales, num_scales),
         ):
-            if not fits:
+            if value > largest:
                 raise ValueError(
                     f"quantizer: {name} must be {expected}, got {value} "
                     f"(tokenizer.quantizer.{name})"
@@ -203,8 +202,7 @@ class MultiScaleQuantizer(nn.Module):
         Raises:
             ValueError: a share outside its range.
         """
-        if not 0 <= share <= 1:
-            raise ValueError(f"quantizer: share must be in [0, 1], got {share} (share=...)")
+        check_value("quantizer: share", share, Share)
         with torch.autocast(f.device.type, enabled=False):
             steps = list(self._residual_steps(f.float(), share))
         return Corrupted([step.nearest for step in steps], [step.used for step in steps])

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from var_exp.checkpoint.checkpoint import KEY, check_weights, describe
+from var_exp.configurable import Fraction, Weight, checked
 from var_exp.data import Batch, CodeBatch
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.io.files import differences
@@ -60,36 +62,22 @@ class StageModule(ShardableModule):
     #: The validation figure that the best checkpoint is chosen by, and "min" or "max".
     monitor: tuple[str, str]
 
+    @checked
     def __init__(
         self,
         optimizer: MakeOptimizer,
         schedule: Callable[[float], float],
-        weight_decay: float = 0.0,
-        final_weight_decay: float | None = None,
-        clip: float = 1.0,
-        average_decay: float = 0.0,
+        weight_decay: Weight = 0.0,
+        final_weight_decay: Weight | None = None,
+        clip: NonNegativeFloat = 1.0,
+        average_decay: Fraction = 0.0,
         weights: str = "averaged",
-        micro_batch: int | None = None,
-        max_skipped: int = 10,
+        micro_batch: PositiveInt | None = None,
+        max_skipped: PositiveInt = 10,
     ):
         super().__init__()
         self.automatic_optimization = False
         check_weights(weights)
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(
-                f"model.{self.stage}: micro_batch must be at least 1 or null, got {micro_batch} "
-                f"(model.{self.stage}.module.micro_batch)"
-            )
-        if clip < 0:
-            raise ValueError(
-                f"model.{self.stage}: clip must be at least 0 (0 does not clip), got {clip} "
-                f"(model.{self.stage}.module.clip)"
-            )
-        if not 0 <= average_decay < 1:
-            raise ValueError(
-                f"model.{self.stage}: average_decay must lie in [0, 1), got {average_decay} "
-                f"(model.{self.stage}.module.average_decay)"
-            )
         self.make_optimizer, self.schedule = optimizer, schedule
         self.weight_decay = WeightDecay(weight_decay, final_weight_decay)
         self.clip, self.average_decay, self.weights = clip, average_decay, weights

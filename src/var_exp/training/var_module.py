@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from var_exp.configurable import Fraction, Share, Weight, checked
 from var_exp.data import Batch, CodeBatch
 from var_exp.distributed.collectives import from_first, own_part, world_size
 from var_exp.evaluation.evaluator import Evaluator
@@ -65,35 +66,26 @@ class VARModule(StageModule):
     network_name = "transformer"
     monitor = ("val/loss", "min")
 
+    @checked
     def __init__(
         self,
         transformer: VAR,
         tokenizer: VQVAE,
         optimizer: MakeOptimizer,
         schedule: Callable[[float], float],
-        label_drop: float = 0.1,
-        label_smoothing: float = 0.0,
-        scale_weights: Sequence[float] | None = None,
-        corrupt: float = 0.0,
+        label_drop: Fraction = 0.1,
+        label_smoothing: Share = 0.0,
+        scale_weights: Sequence[Weight] | None = None,
+        corrupt: Share = 0.0,
         progressive: ProgressiveScales | None = None,
         scaling_law: bool = False,
         attention: str = AUTO,
-        recompute: float = 0.0,
+        recompute: Share = 0.0,
         compile: bool = False,
         **others: Any,
     ):
         super().__init__(optimizer, schedule, **others)
         check_fit(transformer, tokenizer)
-        for name, share in (
-            ("label_drop", label_drop),
-            ("label_smoothing", label_smoothing),
-            ("corrupt", corrupt),
-            ("recompute", recompute),
-        ):
-            if not 0 <= share <= 1:
-                raise ValueError(
-                    f"model.var: {name} must lie in [0, 1], got {share} (model.var.module.{name})"
-                )
         check_backend(attention)
         self.transformer, self.tokenizer = transformer, tokenizer
         self.transformer.computing = Computing(

@@ -10,13 +10,15 @@ is the image as known after scale k - 1, resized to (h_k, w_k); the first scale 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from annotated_types import Ge, Le
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from var_exp.configurable import recorded
+from var_exp.configurable import Fraction, VocabSize, Weight, checked, recorded
 from var_exp.ops.attention import AUTO, Attend, attend_whole
 from var_exp.ops.linear import Linear
 from var_exp.scales import ScaleSchedule, Side
@@ -85,7 +87,8 @@ class Condition(NamedTuple):
     head: tuple[Tensor, ...]
 
 
-MAX_DEPTH = 1000  # blocks: more take minutes to build before memory is found too small
+# More blocks take minutes to build before memory is found too small.
+Depth = Annotated[int, Ge(1), Le(1000)]
 
 
 @recorded
@@ -117,22 +120,23 @@ class VAR(nn.Module):
             rope a head dimension that 4 does not divide.
     """
 
+    @checked
     def __init__(
         self,
         patch_nums: Sequence[Side],
-        vocab_size: int = 4096,
-        code_dim: int = 32,
-        num_classes: int = 1000,
-        depth: int = 16,
-        width: int | None = None,
-        num_heads: int | None = None,
-        mlp_ratio: float = 4.0,
+        vocab_size: VocabSize = 4096,
+        code_dim: PositiveInt = 32,
+        num_classes: NonNegativeInt = 1000,
+        depth: Depth = 16,
+        width: PositiveInt | None = None,
+        num_heads: PositiveInt | None = None,
+        mlp_ratio: PositiveFloat = 4.0,
         block: str = "adaln",
         qk_norm: bool = True,
-        softmax_scale: float = 1.0,
-        dropout: float = 0.0,
-        drop_path: float = 0.0,
-        gate_init: float = 1e-3,
+        softmax_scale: PositiveFloat = 1.0,
+        dropout: Fraction = 0.0,
+        drop_path: Fraction = 0.0,
+        gate_init: Weight = 1e-3,
         mlp: str = "gelu",
         norm: str = "layer",
         rope: bool = False,
@@ -140,10 +144,6 @@ class VAR(nn.Module):
         super().__init__()
         block_class, head_class = chosen(BLOCKS, "block", block)
         mlp_class, norm_class = chosen(MLPS, "mlp", mlp), chosen(NORMS, "norm", norm)
-        if not 1 <= depth <= MAX_DEPTH:
-            raise ValueError(
-                f"transformer: depth must lie in [1, {MAX_DEPTH}], got {depth} (transformer.depth)"
-            )
         self.schedule = ScaleSchedule(patch_nums)
         self.vocab_size, self.code_dim, self.num_classes = vocab_size, code_dim, num_classes
         self.width = 64 * depth if width is None else width

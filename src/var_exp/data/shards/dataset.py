@@ -18,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pydantic import PositiveInt
 
+from var_exp.configurable import checked
 from var_exp.data.encoded import EncodedImages, EncodedSource, decode
 from var_exp.data.shards.index import ShardIndex, find_shards, read_index
-from var_exp.data.shuffle import block_order, check_order
+from var_exp.data.shuffle import block_order
 
 MAX_OPEN = 128  # files of a process; many systems allow 1,024
 
@@ -37,16 +39,16 @@ class Shards(EncodedSource):
     options: those of `EncodedSource`
     """
 
+    @checked
     def __init__(
         self,
         root: str | None,
         name: str = "shards",
-        buffer: int = 65536,
-        lanes: int = 64,
+        buffer: PositiveInt = 65536,
+        lanes: PositiveInt = 64,
         **options,
     ):
         super().__init__(name, **options)
-        check_order(name, buffer, lanes)
         self.root = root
         self.buffer, self.lanes = buffer, lanes
 

@@ -10,8 +10,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from var_exp.distributed.launch import check_tasks
-from var_exp.evaluation import ScoreSettings
 from var_exp.experiment.config.validate import check_part
+from var_exp.io.files import check_writable
 from var_exp.sampling import check_settings
 from var_exp.training.callbacks.evaluation import Callback, EvaluationCallback, check_interval
 from var_exp.training.fit import check_precision
@@ -46,11 +46,8 @@ def check_stages(cfg: DictConfig) -> None:
 
 
 def check_tokens(cfg: DictConfig) -> None:
-    for name in ("views", "batch_size"):
-        if cfg.tokens[name] < 1:
-            raise ValueError(
-                f"tokens: {name} must be at least 1, got {cfg.tokens[name]} (tokens.{name})"
-            )
+    if cfg.tokens.dir is not None:
+        check_writable(Path(cfg.tokens.dir), "tokens.dir")
     corrupt = cfg.model.var.module.get("corrupt", 0)
     if "tokens" in cfg.stages and corrupt > 0:
         raise ValueError(
@@ -69,7 +66,6 @@ def check_evaluation(cfg: DictConfig) -> None:
             f"{counts} and {cfg.evaluation.batch_size}"
         )
     check_interval(cfg.evaluation.every_n_batches, cfg.evaluation.every_n_epochs)
-    ScoreSettings(**cfg.evaluation.scores).check()
 
 
 def check_reference(cfg: DictConfig) -> None:

@@ -23,14 +23,13 @@ from var_exp.experiment.preflight.report import Findings, balance_row, looked_ro
 from var_exp.experiment.preflight.resources import (
     KEPT,
     Devices,
-    check_writable,
     checkpoints_bytes,
     devices_of,
     free_bytes,
-    nearest,
 )
 from var_exp.experiment.preflight.stages import check_stages
 from var_exp.experiment.run import Run
+from var_exp.io.files import check_writable, nearest
 from var_exp.io.text import amount, table
 from var_exp.training.loggers.wandb import ContinuedWandbLogger, mode_of
 
@@ -124,7 +123,7 @@ def check_machine(
     places = [run_dir, Path(cfg.runs_dir), Path(cfg.evaluation.cache)]
     by_place = {nearest(folder): folder for folder in reversed(places)}  # each is said once
     for folder in by_place.values():
-        found.attempt(check_writable, folder)
+        found.attempt(check_writable, folder, "run_dir")
     rows: dict[str, object] = {}
     free, needed = free_bytes(run_dir), checkpoints_bytes(checkpoints)
     if checkpoints:

@@ -12,7 +12,6 @@ from var_exp.experiment.preflight.report import Findings, memory_rows, network_r
 from var_exp.experiment.preflight.resources import (
     Devices,
     Needs,
-    check_writable,
     device_memory,
     free_bytes,
     needs_of,
@@ -20,6 +19,7 @@ from var_exp.experiment.preflight.resources import (
     ready,
 )
 from var_exp.experiment.run import Run
+from var_exp.io.files import check_writable
 from var_exp.io.text import amount, table
 from var_exp.tokenizer import VQVAE
 from var_exp.training import fit
@@ -130,7 +130,7 @@ def check_tokens(
     data = ImageDataModule(source, cfg.seed)
     cache = build.encoding(cfg, data, tokenizer, run).cache(is_pretrained=False)
     found.attempt(cache.check)
-    found.attempt(check_writable, cache.folder)
+    found.attempt(check_writable, cache.folder, "tokens.dir")
     free = free_bytes(cache.folder)
     rows = {
         "images": cache.sizes,

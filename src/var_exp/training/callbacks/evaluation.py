@@ -6,8 +6,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from pydantic import PositiveInt
 from torch import nn
 
+from var_exp.configurable import VocabSize, checked
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.training.loggers.guarded import log_picture, log_scalars
 from var_exp.training.module import StageModule
@@ -121,7 +123,8 @@ def step(trainer: L.Trainer) -> int:
 class ReconstructionPictures(EvaluationCallback):
     """Fixed validation images beside their reconstruction after each scale."""
 
-    def __init__(self, evaluator: Evaluator, num_images: int = 12, **interval: int | None):
+    @checked
+    def __init__(self, evaluator: Evaluator, num_images: PositiveInt = 12, **interval: int | None):
         super().__init__(evaluator, **interval)
         self.num_images = num_images
 
@@ -134,7 +137,10 @@ class ReconstructionPictures(EvaluationCallback):
 class SamplePictures(EvaluationCallback):
     """A grid of samples by class, and the strip of what each scale adds."""
 
-    def __init__(self, evaluator: Evaluator, num_per_class: int = 4, **interval: int | None):
+    @checked
+    def __init__(
+        self, evaluator: Evaluator, num_per_class: PositiveInt = 4, **interval: int | None
+    ):
         super().__init__(evaluator, **interval)
         self.num_per_class = num_per_class
 
@@ -156,10 +162,11 @@ class Scores(EvaluationCallback):
         interval: every_n_batches, every_n_epochs.
     """
 
+    @checked
     def __init__(
         self,
         evaluator: Evaluator,
-        num_images: int | None,
+        num_images: VocabSize | None,
         both_weights: bool = True,
         **interval: int | None,
     ):
