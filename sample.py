@@ -42,8 +42,9 @@ from var_exp.distributed.launch import (
 )
 from var_exp.distributed.slurm import requeue
 from var_exp.evaluation import FeatureNetwork, ScoreSettings, protocol
-from var_exp.evaluation.samples.draw import SETTINGS, Drawer, fill, make_plan
-from var_exp.evaluation.samples.sample_set import SampleSet
+from var_exp.evaluation.sampler import Sampler
+from var_exp.evaluation.samples.sample_set import SampleSet, draw_missing
+from var_exp.evaluation.scorer import SampleScorer
 from var_exp.experiment.build import make_network
 from var_exp.experiment.entry import check_sweep, launch, record_composition, report_errors
 from var_exp.experiment.sample import beside_expected, scorer_of
@@ -54,6 +55,7 @@ from var_exp.ops.memory import keep_memory
 from var_exp.sampling.compile import check_compiler
 
 EXPORTS = {"export": "portable folder", "export_official": "published files"}
+SETTINGS = ("cfg_scale", "top_k", "top_p", "temperature", "seed")
 NUM_SAMPLES = 16  # unless asked otherwise
 CONFIG = ".hydra/config.yaml"  # of the run that networks are from
 GRAPHS = "graphs"  # what `compile` may be besides true and false
@@ -78,15 +80,16 @@ def sample(cfg: DictConfig, out: Path) -> None:
     check_place(out)
     num_samples = choose_number(cfg)
     pair, settings = (found.transformer, found.tokenizer), {name: cfg[name] for name in SETTINGS}
-    plan = make_plan(*pair, cfg.classes, cfg.precision, settings, bool(cfg.compile))
+    sampler = Sampler(*pair, cfg.classes, settings, cfg.precision, bool(cfg.compile))
+    plan = sampler.plan()
     eyes = make_eyes(cfg, found.path) if cfg.evaluate else None
     with joined(device, cfg.devices, cfg.num_nodes) as processes, ExitStack() as held:
         networks.to(processes.device)
         if cfg.compile:
             networks.compile(graphs=cfg.compile == GRAPHS)
-        drawer = Drawer(*pair, plan, eyes and make_scorer(cfg, eyes, found.tokenizer))
-        samples = make_set(cfg, out, num_samples, drawer)
-        about = eyes and describe(cfg, samples, drawer, found.weights)
+        scorer = eyes and make_scorer(cfg, eyes, found.tokenizer)
+        samples = make_set(cfg, out, num_samples, plan, scorer)
+        about = eyes and describe(cfg, samples, scorer, found.weights)
         if processes.is_first:  # up to here nothing was written
             held.enter_context(locked(out, "out_dir=..."))
             samples.check()
@@ -94,16 +97,15 @@ def sample(cfg: DictConfig, out: Path) -> None:
             record_composition(cfg, out)
             if replaced := samples.begin():
                 print(replaced)
-        left = processes.tell(lambda: samples.jobs(cfg.batch_size, is_scored(samples, about)))
+        left = processes.tell(lambda: samples.missing(is_scored(samples, about)))
         stop = functools.partial(stop_if_traced, out)
-        fill(samples, left, drawer, processes.rank, processes.size, stop)
+        draw_missing(samples, left, sampler, scorer, processes.rank, processes.size, stop)
         processes.part()
         if not processes.is_first:
             return
-        with drawer.computing():
-            samples.finish(found.tokenizer, found.class_names, cfg.batch_size)
+        samples.finish(sampler, found.class_names)
         if eyes:
-            done |= score(cfg, samples, drawer, about)
+            done |= score(cfg, samples, scorer, about, f"d{len(found.transformer.blocks)}")
         samples.clear()
     print(table(f"{num_samples} samples", done | {"folder": out}))
 
@@ -191,17 +193,22 @@ def export(networks: VARPipeline, folders: dict[str, str]) -> None:
         networks.save_pretrained(folders["export"])
 
 
-def make_set(cfg: DictConfig, out: Path, num_samples: int, drawer: Drawer) -> SampleSet:
-    scorer = drawer.scorer
-    seen = scorer and {"network": scorer.network.fingerprint, "judge": bool(scorer.judge)}
+def make_set(
+    cfg: DictConfig, out: Path, num_samples: int, plan: dict[str, Any], scorer: SampleScorer | None
+) -> SampleSet:
+    features = scorer and {
+        "network": scorer.network.fingerprint,
+        "classifier": bool(scorer.classifier),
+    }
     num_per_scale = cfg.evaluation.num_samples_per_scale
     return SampleSet(
         out,
-        drawer.plan,
+        plan,
         num_samples,
+        batch_size=cfg.batch_size,
         png=cfg.png,
         npz=cfg.npz,
-        scores=seen,
+        scores=features,
         num_per_scale=num_per_scale,
     )
 
@@ -256,20 +263,21 @@ def make_scorer(cfg: DictConfig, eyes: Eyes, tokenizer):
     )
 
 
-def describe(cfg: DictConfig, samples: SampleSet, drawer: Drawer, weights: str) -> dict[str, Any]:
+def describe(
+    cfg: DictConfig, samples: SampleSet, scorer: SampleScorer, weights: str
+) -> dict[str, Any]:
     """How the scores are obtained, as plain data."""
-    scorer, schedule = drawer.scorer, drawer.tokenizer.schedule
     settings = {name: cfg[name] for name in SETTINGS if name != "seed"}
     about = protocol.of_samples(
         samples.labels,
-        schedule,
+        scorer.schedule,
         settings,
         seed=cfg.seed,
         precision=cfg.precision,
         weights=weights,
-        image_size=drawer.tokenizer.image_size,
+        image_size=samples.plan["image_size"],
     ) | protocol.of_scores(scorer.network, scorer.reference, scorer.settings)
-    about |= {"model": drawer.plan["networks"], "num_per_scale": samples.num_per_scale}
+    about |= {"model": samples.plan["networks"], "num_per_scale": samples.num_per_scale}
     return json.loads(json.dumps(about))  # as it will be read
 
 
@@ -279,17 +287,17 @@ def is_scored(samples: SampleSet, about: dict[str, Any] | None) -> bool:
 
 
 def score(
-    cfg: DictConfig, samples: SampleSet, drawer: Drawer, about: dict[str, Any]
+    cfg: DictConfig, samples: SampleSet, scorer: SampleScorer, about: dict[str, Any], model: str
 ) -> dict[str, str]:
     """Measure, unless it was measured so before, and write metrics.json; figures in words."""
     path = samples.folder / METRICS
     metrics = read_metrics(path)
     if not is_scored(samples, about):
-        for ids, seen in samples.seen():
-            drawer.scorer.add(ids, seen)
+        for ids, features in samples.features():
+            scorer.update(ids, features)
         others = {k: v for k, v in metrics.figures.items() if not k.startswith(f"{STAGE}/")}
         metrics = Metrics(others, metrics.protocols)
-        metrics = metrics.with_stage(STAGE, drawer.scorer.compute(), about)
+        metrics = metrics.with_stage(STAGE, scorer.compute(), about)
         write_metrics(metrics, path)
     figures = {
         key.removeprefix(f"{STAGE}/"): value
@@ -303,7 +311,6 @@ def score(
         required | {"num_samples": cfg.evaluation.num_samples},
     )
     expected = OmegaConf.to_container(cfg.evaluation.expected)
-    model = f"d{len(drawer.transformer.blocks)}"
     return beside_expected(figures, expected, model, given, required)
 
 

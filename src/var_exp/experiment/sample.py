@@ -9,8 +9,7 @@ from typing import Any
 
 from var_exp.evaluation.metrics import ScoreSettings
 from var_exp.evaluation.networks.base import FeatureNetwork
-from var_exp.evaluation.reference import reference_from_file, reference_of
-from var_exp.evaluation.scorer import NUM_HELD_OUT, SampleScorer, judge_of
+from var_exp.evaluation.scorer import RealImages, SampleScorer
 from var_exp.tokenizer import VQVAE
 
 
@@ -32,7 +31,7 @@ def scorer_of(
         source: the images that the model was trained on, set up; None where they are not known.
         tokenizer: the model's.
         reference: an .npz that samples are compared with; None: training images of the source.
-        num_reference, batch_size, cache: as in `reference_of`.
+        num_reference, batch_size, cache: as in `RealImages`.
 
     Raises:
         ValueError: the images have another size than the model's, or are a single one; as
@@ -44,21 +43,22 @@ def scorer_of(
             f"evaluation: the images of {source.name} are of {tuple(source.image_size)} pixels, "
             f"those of the model of {tuple(tokenizer.image_size)} (data.image_size)"
         )
-    network, held_out = network.to(device), None
-    if reference is not None:
-        size = tokenizer.image_size
-        real = reference_from_file(Path(reference), network, size, batch_size=batch_size)
-    else:
-        how = batch_size, cache, device
-        real = reference_of(network, source, "train", num_reference, *how)
-        held_out = reference_of(network, source, "val", NUM_HELD_OUT, *how)
-    if real.num_images == 1:  # which shows here, not once all samples are drawn
+    real = RealImages(
+        network.to(device),
+        source,
+        tokenizer.image_size,
+        file=reference,
+        num_reference=num_reference,
+        batch_size=batch_size,
+        cache=cache,
+    )
+    found = real.reference(device)
+    if found.num_images == 1:  # which shows here, not once all samples are drawn
         raise ValueError(
-            f"evaluation: scores need at least 2 reference images, got 1 of {real.about['what']} "
+            f"evaluation: scores need at least 2 reference images, got 1 of {found.about['what']} "
             f"(evaluation.num_reference, evaluation.reference)"
         )
-    judge = judge_of(network, source)
-    return SampleScorer(network, real, tokenizer.schedule, judge, settings, held_out).to(device)
+    return real.scorer(tokenizer, settings, held_out=reference is None)
 
 
 def beside_expected(

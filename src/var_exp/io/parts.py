@@ -8,6 +8,7 @@ A part is written beside its place, synced, and renamed. Only files whose names 
 or deleted, and those that are there only where the record says that they are ours.
 """
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -63,7 +64,8 @@ class Parts:
         try:
             content = json.loads(path.read_text())
             parts = content.setdefault("parts", {})
-            if all(isinstance(checksum, str) for checksum in parts.values()):
+            whole = all(isinstance(checksum, str) for checksum in parts.values())
+            if whole and content.keys() == {*self.work, "parts"}:
                 return content
             reason = "it is not a record of this program"
         except (FileNotFoundError, NotADirectoryError):
@@ -100,14 +102,19 @@ class Parts:
                 path.unlink()
 
     def remove(self) -> None:
-        """Delete all parts and the record, which goes last, and the folder if it is empty then."""
-        if (self.folder / self.record).is_file():
+        """Delete all parts and the record, which goes last, and the folder if it is empty then.
+
+        Where the record does not say that they are ours, nothing is deleted.
+        """
+        with contextlib.suppress(ValueError):
+            if self.read_record() is None:
+                return
             hidden = [path for kind in (TEMPORARY, SUM) for path, _ in self._hidden(kind)]
             ours = [self.folder / name for name in self.present()]
             for path in (*ours, *hidden, self.folder / self.record):
                 path.unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
 
     # -- parts ----------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from var_exp.distributed.collectives import (
 )
 from var_exp.distributed.signals import Interrupted, Interruption
 from var_exp.evaluation.reference import data_fingerprint
-from var_exp.evaluation.samples.draw import device_of
+from var_exp.evaluation.sampler import device_of
 from var_exp.io.text import amount
 from var_exp.tokenizer import VQVAE
 from var_exp.training.fit import own_signals, quiet
