@@ -180,7 +180,7 @@ def test_a_record_of_another_form_is_refused_in_one_line(damaged, images, tmp_pa
     out = tmp_path / "out"
     pack(images, out, SMALL)
     (out / "packing.json").write_text(damaged)
-    with pytest.raises(ValueError, match=r"packing\.json' is damaged") as error:
+    with pytest.raises(ValueError, match=r"packing\.json' is (damaged|not a record)") as error:
         pack(images, out, SMALL)
     assert "\n" not in str(error.value)
 

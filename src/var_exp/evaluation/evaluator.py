@@ -1,7 +1,7 @@
 """What is measured and drawn of a model in training and at its end.
 
 Scores are shared work: each process draws and sees every n-th image, and all of them must call.
-What was seen is brought into the order of the images before anything is summed, so that the
+Features are brought into the order of the images before anything is summed, so that the
 figures do not depend on the number of processes. Pictures are drawn by whoever asks.
 
     B batch, N samples, K scales

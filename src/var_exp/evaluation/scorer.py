@@ -93,7 +93,7 @@ class SampleScorer(nn.Module):
             bank.reset()
 
     def compute(self) -> dict[str, float]:
-        """All scores; those after each scale are of the samples that were seen after each."""
+        """All scores; those after each scale are of the samples that have features after each."""
         name = self.network.name
         samples = self.final.compute()
         only = scores_against(self.reference, self.settings)
@@ -128,7 +128,7 @@ class RealImages:
         cache: a folder where statistics of real images are kept for other runs.
 
     Raises:
-        ValueError: the file is missing or does not fit.
+        ValueError: the file is missing or does not fit, or the source has images of another size.
     """
 
     def __init__(
@@ -142,6 +142,11 @@ class RealImages:
         batch_size: int = 100,
         cache: str | Path | None = None,
     ):
+        if source is not None and tuple(source.image_size) != tuple(image_size):
+            raise ValueError(
+                f"evaluation: the images of {source.name} are of {tuple(source.image_size)} "
+                f"pixels, those of the model of {tuple(image_size)} (data.image_size)"
+            )
         self.network, self.source, self.num_reference = network, source, num_reference
         self.batch_size, self.cache = batch_size, cache and Path(cache)
         self.on_batch: Callable[[], None] = lambda: None
@@ -174,9 +179,17 @@ class RealImages:
 
         Args:
             held_out: compare distances with those of validation images, too.
+
+        Raises:
+            ValueError: a single reference image, of which there is no distance.
         """
         device = next(tokenizer.parameters()).device
         reference = self.reference(device)
+        if reference.num_images == 1:  # which shows here, not once all samples are drawn
+            raise ValueError(
+                f"evaluation: scores need at least 2 reference images, got 1 of "
+                f"{reference.about['what']} (evaluation.num_reference, evaluation.reference)"
+            )
         unseen = self.held_out(NUM_HELD_OUT, device) if held_out else None
         schedule = tokenizer.schedule
         scorer = SampleScorer(self.network, reference, schedule, self.classifier, settings, unseen)

@@ -34,17 +34,10 @@ def scorer_of(
         num_reference, batch_size, cache: as in `RealImages`.
 
     Raises:
-        ValueError: the images have another size than the model's, or are a single one; as
-            `reference_of` and `reference_from_file`.
+        ValueError: as `RealImages` and `reference_of`.
     """
-    device = next(tokenizer.parameters()).device
-    if source is not None and tuple(source.image_size) != tuple(tokenizer.image_size):
-        raise ValueError(
-            f"evaluation: the images of {source.name} are of {tuple(source.image_size)} pixels, "
-            f"those of the model of {tuple(tokenizer.image_size)} (data.image_size)"
-        )
     real = RealImages(
-        network.to(device),
+        network.to(next(tokenizer.parameters()).device),
         source,
         tokenizer.image_size,
         file=reference,
@@ -52,12 +45,6 @@ def scorer_of(
         batch_size=batch_size,
         cache=cache,
     )
-    found = real.reference(device)
-    if found.num_images == 1:  # which shows here, not once all samples are drawn
-        raise ValueError(
-            f"evaluation: scores need at least 2 reference images, got 1 of {found.about['what']} "
-            f"(evaluation.num_reference, evaluation.reference)"
-        )
     return real.scorer(tokenizer, settings, held_out=reference is None)
 
 

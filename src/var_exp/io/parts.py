@@ -52,8 +52,6 @@ class Parts:
         self.work = json.loads(json.dumps(work))  # as it is read back
         self.option, self.remedy = option, remedy
 
-    # -- whose they are -------------------------------------------------------------------
-
     def read_record(self) -> dict[str, Any] | None:
         """The record with its checksums under "parts"; None if the folder has none.
 
@@ -62,26 +60,21 @@ class Parts:
         """
         path = self.folder / self.record
         try:
-            content = json.loads(path.read_text())
-            parts = content.setdefault("parts", {})
-            whole = all(isinstance(checksum, str) for checksum in parts.values())
-            if whole and content.keys() == {*self.work, "parts"}:
+            content = {"parts": {}} | json.loads(path.read_text())
+            if content.keys() == {*self.work, "parts"} and all(
+                isinstance(checksum, str) for checksum in content["parts"].values()
+            ):
                 return content
-            reason = "it is not a record of this program"
+            reason = "is not a record of this program"
         except (FileNotFoundError, NotADirectoryError):
-            if there := self.present():
-                raise ValueError(
-                    f"{self.option}: {str(path)!r} is missing, so it is not known whose "
-                    f"{there[0]} is; {self.remedy}"
-                ) from None
-            return None
+            if not self.present():
+                return None
+            reason = f"is missing, so it is not known whose {self.present()[0]} is"
         except OSError as error:
-            reason = error.strerror
-        except (ValueError, AttributeError) as error:  # not JSON, not text, not objects
-            reason = str(error)
-        raise ValueError(
-            f"{self.option}: {str(path)!r} is damaged ({reason}); {self.remedy}"
-        ) from None
+            reason = f"cannot be read ({error.strerror})"
+        except (ValueError, TypeError, AttributeError) as error:  # not JSON, text or objects
+            reason = f"is damaged ({error})"
+        raise ValueError(f"{self.option}: {str(path)!r} {reason}; {self.remedy}") from None
 
     def begin(self) -> None:
         """Make the folder, write the record, and delete what a killed process left.
@@ -92,14 +85,13 @@ class Parts:
             ValueError: see `read_record`; the folder cannot be written to.
         """
         record = self.read_record() or {}
-        if record.pop("parts", None) is None or record != self.work:
-            self._write_record({})
-        known = self.read_record()["parts"]
-        for path, _ in self._hidden(TEMPORARY):
-            path.unlink(missing_ok=True)
-        for path, name in self._hidden(SUM):
-            if self._checksum(name, {}) == known.get(name):  # of a process killed in `finish`
-                path.unlink()
+        known = record.pop("parts", {})
+        if record != self.work:
+            known = {}
+            self._write_record(known)
+        for path, name in self._hidden():
+            if not SUM.fullmatch(path.name) or known.get(name) == self._checksum(name, {}):
+                path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Delete all parts and the record, which goes last, and the folder if it is empty then.
@@ -107,16 +99,12 @@ class Parts:
         Where the record does not say that they are ours, nothing is deleted.
         """
         with contextlib.suppress(ValueError):
-            if self.read_record() is None:
-                return
-            hidden = [path for kind in (TEMPORARY, SUM) for path, _ in self._hidden(kind)]
-            ours = [self.folder / name for name in self.present()]
-            for path in (*ours, *hidden, self.folder / self.record):
-                path.unlink(missing_ok=True)
-            if not any(self.folder.iterdir()):
-                self.folder.rmdir()
-
-    # -- parts ----------------------------------------------------------------------------
+            if self.read_record() is not None:
+                parts = [self.folder / name for name in self.present()]
+                for path in (*parts, *(p for p, _ in self._hidden()), self.folder / self.record):
+                    path.unlink(missing_ok=True)
+                if not any(self.folder.iterdir()):
+                    self.folder.rmdir()
 
     def present(self) -> list[str]:
         """Names of the parts that are there, whole or not, sorted."""
@@ -125,23 +113,14 @@ class Parts:
 
     def missing(self, names: Iterable[str], warn: Callable[[str], None]) -> list[str]:
         """The parts that are to be written: not there, or damaged, which `warn` is told."""
-        known = (self.read_record() or {"parts": {}})["parts"]
-        return [name for name in names if not self.is_whole(name, warn, known)]
+        return [name for name in names if not self.is_whole(name, warn)]
 
-    def is_whole(
-        self, name: str, warn: Callable[[str], None], known: Mapping[str, str] | None = None
-    ) -> bool:
-        """Whether a part is there and is what was written.
-
-        Args:
-            warn: told where it is there, but damaged.
-            known: checksums of the record, where they were read already.
-        """
+    def is_whole(self, name: str, warn: Callable[[str], None]) -> bool:
+        """Whether a part is there and is what was written; `warn` is told where it is damaged."""
         path = self.folder / name
         if not path.is_file():
             return False
-        known = self.read_record()["parts"] if known is None else known
-        if sha256(path) == self._checksum(name, known):
+        if sha256(path) == self._checksum(name, self.read_record()["parts"]):
             return True
         warn(f"{self.option}: {str(path)!r} is damaged; it is made again")
         return False
@@ -155,7 +134,7 @@ class Parts:
 
         def checked(path: Path) -> None:
             write(path)
-            # Before the part: a part without a checksum would count as damaged.
+            # Before the part takes its place: without a checksum it would count as damaged.
             with replacing(self._sum(name)) as unfinished:
                 unfinished.write_text(sha256(path))
 
@@ -166,10 +145,8 @@ class Parts:
         known = self.read_record()["parts"]
         known |= {name: self._checksum(name, known) for name in names}
         self._write_record(dict(sorted(known.items())))
-        for path, _ in self._hidden(SUM):
-            path.unlink()
-
-    # -- files ----------------------------------------------------------------------------
+        for path, _ in self._hidden():
+            path.unlink(missing_ok=True)
 
     def _sum(self, name: str) -> Path:
         return self.folder / f".{name}.sha256"
@@ -178,13 +155,16 @@ class Parts:
         beside = self._sum(name)
         return beside.read_text(errors="replace") if beside.is_file() else known.get(name)
 
-    def _hidden(self, kind: re.Pattern) -> list[tuple[Path, str]]:
-        """Our hidden files of a kind, each with the name of the part or record it is of."""
-        there = self.folder.iterdir() if self.folder.is_dir() else ()
-        matches = [(path, kind.fullmatch(path.name)) for path in there]
-        named = [(path, "".join(match.groups())) for path, match in matches if match]
-        ours = [(p, SUM.sub(r"\1", n) if kind is TEMPORARY else n) for p, n in named]
-        return [(p, n) for p, n in ours if n == self.record or self.names.fullmatch(n)]
+    def _hidden(self) -> list[tuple[Path, str]]:
+        """Checksums and unfinished files of ours, each with the name of what it is of."""
+        found = []
+        for path in self.folder.iterdir():
+            name = path.name
+            for kind in (TEMPORARY, SUM):  # a checksum may be unfinished, too
+                name = "".join(match.groups()) if (match := kind.fullmatch(name)) else name
+            if name != path.name and (name == self.record or self.names.fullmatch(name)):
+                found.append((path, name))
+        return found
 
     def _write_record(self, parts: Mapping[str, str]) -> None:
         content = self.work | {"parts": parts}
