@@ -66,7 +66,7 @@ def test_a_run_leaves_the_documented_folders_and_nothing_else(trained):
     assert names(trained) == expected | {"metrics.json", "environment.json", "report.html"}
     assert names(trained / ".hydra") == {"config.yaml", "hydra.yaml", "overrides.yaml"}
     kept = {"best.ckpt", "last.ckpt", "previous.ckpt"}
-    assert names(trained / "tokens") == {"key.json", "tokens.json", *PARTS}
+    assert names(trained / "tokens") == {"tokens.json", *PARTS}
     stage = kept | {"curves.png", "pictures", "wandb_id"}
     assert names(trained / "var") == stage
     assert names(trained / "tokenizer") == stage | {"codebook.png"}

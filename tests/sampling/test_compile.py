@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from helpers.tiny import BLOCKS, SCALES, tiny_tokenizer, tiny_transformer
 from var_exp.checkpoint.pipeline import VARPipeline
-from var_exp.evaluation.samples.draw import make_plan
+from var_exp.evaluation.sampler import Sampler
 from var_exp.sampling.compile import check_compiler, compile_for_sampling
 from var_exp.sampling.generate import generate, guided_logits
 
@@ -108,7 +108,7 @@ def test_without_a_compiler_it_is_refused_in_one_line(monkeypatch):
 def test_samples_of_compiled_networks_are_another_set():
     settings = {"cfg_scale": 1.5, "top_k": 0, "top_p": 0.0, "temperature": 1.0, "seed": 0}
     networks = tiny_transformer(), tiny_tokenizer()
-    plans = [make_plan(*networks, "all", "32-true", settings, c) for c in (False, True)]
+    plans = [Sampler(*networks, "all", settings, "32-true", c).plan() for c in (False, True)]
     assert plans[1] == plans[0] | {"compiled": True} and "compiled" not in plans[0]
 
 

@@ -28,6 +28,7 @@ from var_exp.configurable import build
 from var_exp.io.files import replacing
 from var_exp.sampling.compile import compile_for_sampling
 from var_exp.sampling.generate import check_fit, generate
+from var_exp.sampling.labels import take_turns
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
 
@@ -79,7 +80,7 @@ class VARPipeline:
         Raises:
             ValueError: an argument out of its range.
         """
-        classes = self._take_turns(labels, num_samples)
+        classes = self._labels(labels, num_samples)
         if batch_size < 1:
             raise ValueError(f"pipeline: batch_size must be at least 1, got {batch_size}")
         images = [
@@ -98,7 +99,7 @@ class VARPipeline:
         ]
         return torch.cat(images)
 
-    def _take_turns(self, labels, num_samples: int | None) -> list[int]:
+    def _labels(self, labels, num_samples: int | None) -> list[int]:
         labels = torch.as_tensor(self.transformer.num_classes if labels is None else labels)
         if labels.numel() and labels.is_floating_point():
             raise ValueError(f"pipeline: labels must be whole numbers, got {labels.tolist()}")
@@ -109,7 +110,7 @@ class VARPipeline:
                 f"pipeline: expected at least 1 label and 1 sample, got {len(asked)} labels and "
                 f"num_samples={num_samples}"
             )
-        return [asked[i % len(asked)] for i in range(count)]
+        return take_turns(asked, range(count))
 
     def to(self, device: str | torch.device) -> "VARPipeline":
         """Move both networks to a device."""

@@ -113,7 +113,7 @@ class Shapes(ImageSource):
             ShapeImages(self.image_size, self.num_val, self.seed, SPLITS["val"]),
         )
 
-    def judge(self, images: Tensor) -> Tensor:
+    def classify(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [-1, 1] -> the class (B,) that each shows, -1 for none."""
         return judge_shapes(images)
 
@@ -192,7 +192,7 @@ def coverage(
     return (0.5 - shape.distance(x, y) * radius * min(image_size)).clamp(0, 1)
 
 
-# The judge: what an image shows, from its pixels alone.
+# The classifier: what an image shows, from its pixels alone.
 
 JUDGED_SIDE = 32  #    larger images are averaged down to about this
 ANGLES = range(-20, 21, 5)

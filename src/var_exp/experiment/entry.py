@@ -21,7 +21,6 @@ from var_exp.experiment.config.overrides import check_groups, nearest_keys, shap
 from var_exp.experiment.config.validate import check_types
 from var_exp.experiment.errors import is_of_another_process, mistake, should_report
 from var_exp.experiment.run import Run
-from var_exp.io.run_folder import remove_if_empty
 from var_exp.ops.memory import keep_memory
 
 
@@ -95,7 +94,7 @@ def errors_in_one_line(run: Run) -> Iterator[None]:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         if message := mistake(error):
-            remove_if_empty(run.path)
+            run.remove_if_empty()
             sys.exit(f"error: {message}" if should_report() else 1)
         if not isinstance(error, RuntimeError) or not is_of_another_process(error):
             raise

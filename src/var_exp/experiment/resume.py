@@ -52,6 +52,7 @@ OWN = {
     "var": ("model.var", "transformer"),
 }
 
+CONFIG = ".hydra/config.yaml"  # in a run folder: the configuration it was started with
 MISSING = "(nothing)"  # the value of a key that was not there
 ANEW = ".anew"  # in a run folder: the start of a job that began it anew
 

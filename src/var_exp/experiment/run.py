@@ -29,7 +29,13 @@ from var_exp.experiment.resume import (
 )
 from var_exp.io.environment import environment
 from var_exp.io.lock import locked
-from var_exp.io.run_folder import Metrics, point_latest, read_metrics, write_metrics
+from var_exp.io.run_folder import (
+    Metrics,
+    point_latest,
+    read_metrics,
+    remove_if_empty,
+    write_metrics,
+)
 from var_exp.io.text import describe, shown_path, table
 from var_exp.report import write_report
 from var_exp.training.fit import StageResult
@@ -100,6 +106,10 @@ class Run:
         with locked(self.path, option) if is_main_process() else nullcontext():
             forget_trace(self.path)
             yield
+
+    def remove_if_empty(self) -> None:
+        """Delete the folder that Hydra made for this start, and its parent, if they are empty."""
+        remove_if_empty(self.path)
 
     # -- before the first stage -----------------------------------------------------------
 

@@ -85,13 +85,6 @@ def seal(path: str | os.PathLike) -> None:
         file.write(SEAL + digest.encode())
 
 
-def append_seal(path: str | os.PathLike) -> None:
-    """Put the SHA-256 of a file behind it, for forms whose readers do not mind."""
-    with open(path, "r+b") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.write(SEAL + digest.encode())
-
-
 def check_seal(path: str | os.PathLike) -> None:
     """Raise ValueError unless the file is there, and to the bit what was sealed."""
     try:

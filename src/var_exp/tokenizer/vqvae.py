@@ -6,7 +6,6 @@ quantizer. Frozen, it is the language in which the next-scale transformer reads 
     B batch, K scales, (h_k, w_k) sides of scale k, D code dimension, images (B, C, H, W) in [-1, 1]
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from var_exp.configurable import recorded
+from var_exp.io.fingerprint import fingerprint
 from var_exp.ops.convolution import Conv3x3
 from var_exp.scales import ScaleSchedule
 from var_exp.tokenizer.autoencoder import Decoder, Encoder
@@ -117,8 +117,6 @@ class VQVAE(nn.Module):
         """16 hex digits that change with any weight, the schedule, or the rule of quantizing."""
         quantizer = self.quantizer
         rule = (self.schedule.patch_nums, quantizer.codebook(0).rule, quantizer.phi_ratio)
-        digest = hashlib.sha256(repr(rule).encode())
-        for name, parameter in sorted(self.named_parameters()):
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().float().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(
+            repr(rule), ((name, x.float()) for name, x in sorted(self.named_parameters()))
+        )

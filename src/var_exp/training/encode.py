@@ -17,7 +17,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from var_exp.data import ImageDataModule, ImageSource, TokenCache
@@ -34,7 +33,7 @@ from var_exp.distributed.rank import is_main_process
 from var_exp.distributed.signals import Interrupted, Interruption
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.evaluation.reference import data_fingerprint
-from var_exp.evaluation.samples.draw import device_of
+from var_exp.evaluation.sampler import device_of
 from var_exp.io.lock import locked
 from var_exp.io.text import amount, shown_path
 from var_exp.tokenizer import VQVAE
@@ -244,19 +243,23 @@ def write_parts(
     on_batch: Callable[[], None],
 ) -> None:
     """Encode this process's share of the parts; `on_batch` is called as often as by the others."""
-    own, before = Batches(shares[rank()], batch_size), device_of(tokenizer)
+    own, device_before = Batches(shares[rank()], batch_size), device_of(tokenizer)
     tokenizer.to(device).eval()
-    batches, steps = iter(datamodule.encoding_loader(Keys(own))), iter(own)
-    progress, write = Progress(sum(part.rows for part in shares[rank()])), Writer(cache)
+    batches, steps = iter(datamodule.encoding_loader(own)), own.steps()
+    progress, codes = Progress(sum(part.rows for part in shares[rank()])), []
     for _ in range(max(len(Batches(share, batch_size)) for share in shares)):
         if (step := next(steps, None)) is not None:
+            part, _, stop = step
             batch = next(batches)
-            codes = torch.cat(tokenizer.encode(batch.images.to(device)), dim=1)  # (B, L)
-            write(*step, codes.cpu(), batch.labels)
+            indices = torch.cat(tokenizer.encode(batch.images.to(device)), dim=1)  # (B, L)
+            codes.append((indices.cpu(), batch.labels))
+            if stop == part.rows:
+                cache.write(part, *(torch.cat(whole).numpy() for whole in zip(*codes, strict=True)))
+                codes = []
             progress.add(len(batch.labels))
         on_batch()
     progress.end()
-    tokenizer.to(before)
+    tokenizer.to(device_before)
 
 
 def missing_parts(cache: TokenCache, device: torch.device) -> list[Part]:
@@ -289,7 +292,7 @@ def say(line: str) -> None:
 
 
 class Batches:
-    """Batches of parts, none of which has images of two of them: (part, start, stop) within it."""
+    """A batch sampler of (view, index), of which no batch has images of two parts."""
 
     def __init__(self, parts: Sequence[Part], batch_size: int):
         self.parts, self.batch_size = parts, batch_size
@@ -297,38 +300,15 @@ class Batches:
     def __len__(self) -> int:
         return sum(len(range(0, part.rows, self.batch_size)) for part in self.parts)
 
-    def __iter__(self) -> Iterator[tuple[Part, int, int]]:
+    def __iter__(self) -> Iterator[list[tuple[int | None, int]]]:
+        for part, start, stop in self.steps():
+            yield [(part.view, part.start + i) for i in range(start, stop)]
+
+    def steps(self) -> Iterator[tuple[Part, int, int]]:
+        """The same as (part, start, stop), counted within the part."""
         for part in self.parts:
             for start in range(0, part.rows, self.batch_size):
                 yield part, start, min(start + self.batch_size, part.rows)
-
-
-class Keys:
-    """The same as a batch sampler: lists of (view, index)."""
-
-    def __init__(self, batches: Batches):
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[tuple[int | None, int]]]:
-        for part, start, stop in self.batches:
-            yield [(part.view, part.start + i) for i in range(start, stop)]
-
-
-class Writer:
-    """Collects the codes of a part, and writes it when the last of them is there."""
-
-    def __init__(self, cache: TokenCache):
-        self.cache, self.batches = cache, []
-
-    def __call__(self, part: Part, start: int, stop: int, codes: Tensor, labels: Tensor) -> None:
-        self.batches.append((codes, labels))
-        if stop == part.rows:
-            whole = [torch.cat(tensors).numpy() for tensors in zip(*self.batches, strict=True)]
-            self.cache.write(part, *whole)
-            self.batches = []
 
 
 # -- progress ---------------------------------------------------------------------------------
@@ -342,7 +322,8 @@ class Progress:
     """
 
     def __init__(self, total: int):
-        self.total, self.done, self.begun, self.told = total, 0, time.monotonic(), 0.0
+        self.total, self.done = total, 0
+        self.started, self.reported = time.monotonic(), 0.0
         hidden = None if is_first() else True  # None: where there is no terminal
         self.bar = tqdm(total=total, desc="tokens", unit="image", leave=False, disable=hidden)
 
@@ -350,12 +331,12 @@ class Progress:
         first, self.done = self.done == 0, self.done + count
         self.bar.update(count)
         now = time.monotonic()
-        if first or (self.bar.disable and now - self.told > SECONDS):
-            left = (now - self.begun) / self.done * (self.total - self.done)
-            said = f"about {left:.0f} s" if left < 600 else f"about {left / 3600:.1f} hours"
-            say(f"tokens: {self.done:,} of {self.total:,} images, {said} left")
-            self.told = now
+        if first or (self.bar.disable and now - self.reported > SECONDS):
+            left = (now - self.started) / self.done * (self.total - self.done)
+            words = f"{left:.0f} s" if left < 600 else f"{left / 3600:.1f} hours"
+            say(f"tokens: {self.done:,} of {self.total:,} images, about {words} left")
+            self.reported = now
 
     def end(self) -> None:
         self.bar.close()
-        say(f"tokens: encoded in {time.monotonic() - self.begun:.1f} s")
+        say(f"tokens: encoded in {time.monotonic() - self.started:.1f} s")

@@ -81,7 +81,7 @@ class ClassifierFeatures(FeatureNetwork):
         self.about |= {"trained_to_tell": task, "accuracy": accuracy}
 
     @torch.no_grad()
-    def judge(self, images: Tensor) -> Tensor:
+    def classify(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] -> the class that each shows, (B,) int64, on the CPU."""
         return self((images + 1) / 2).logits.argmax(dim=1).cpu()
 
