@@ -32,7 +32,7 @@ def sample(cfg: DictConfig, run: Run) -> None:
     found = build.networks(cfg)
     pipeline = VARPipeline(found.transformer, found.tokenizer, found.class_names)
     exports = build.exports(cfg)
-    rows = {"checkpoint": found.path} | {build.EXPORTS[key]: f for key, f in exports.items()}
+    rows = build.origin(found) | {build.EXPORTS[key]: folder for key, folder in exports.items()}
     if exports and cfg.num_samples == 0:
         build.export(pipeline, exports)
         run.remove_if_empty()

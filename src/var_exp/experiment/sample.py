@@ -93,6 +93,12 @@ def networks(cfg: DictConfig) -> Found:
     return found
 
 
+def origin(found: Found) -> dict[str, str]:
+    """The row of a table that names the checkpoint."""
+    early = ", of a stage that was not validated yet" if found.path.name == "last.ckpt" else ""
+    return {"checkpoint": f"{found.path}{early}"}
+
+
 def exports(cfg: DictConfig) -> dict[str, str]:
     """The folders that the networks are written to, by key.
 
