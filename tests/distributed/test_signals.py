@@ -20,7 +20,6 @@ from var_exp.distributed.signals import (
     Interruption,
     is_started_first,
 )
-from var_exp.io.lock import locked
 
 each_signal = pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
 
@@ -143,16 +142,6 @@ def holder(tmp_path):
     yield process
     process.kill()
     process.communicate()
-
-
-def test_a_run_folder_that_is_in_use_is_refused_and_free_again_afterwards(holder, tmp_path):
-    refused = rf"in use by process {holder.pid} on .* since .*; wait for it or stop it"
-    with pytest.raises(ValueError, match=refused), locked(tmp_path / "run"):
-        pytest.fail("two processes hold one folder")
-    holder.kill()  # not even asked
-    holder.wait()
-    with locked(tmp_path / "run"):
-        assert (tmp_path / "run" / ".lock").read_text().startswith(f"process {os.getpid()} on")
 
 
 def test_a_run_in_a_folder_that_is_in_use_is_refused_in_one_line(holder, tmp_path):
