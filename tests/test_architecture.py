@@ -48,6 +48,7 @@ ONLY_IN = {
     "wandb": {"training"},
     "wandb_workspaces": {"training"},
     "optuna": {"experiment"},
+    "timm": {"tokenizer"},
     "huggingface_hub": {"checkpoint"},
     "datasets": {"data"},
     "pyarrow": {"data"},

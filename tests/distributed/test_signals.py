@@ -15,7 +15,6 @@ from helpers.programs import Program, csv_rows
 from helpers.stages import assert_equal, weights
 from var_exp.distributed.rank import is_main_process
 from var_exp.distributed.signals import RESUMABLE, SIGNALS, Interrupted, Interruption
-from var_exp.io.lock import locked
 
 each_signal = pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
 
@@ -140,16 +139,6 @@ def holder(tmp_path):
     yield process
     process.kill()
     process.communicate()
-
-
-def test_a_run_folder_that_is_in_use_is_refused_and_free_again_afterwards(holder, tmp_path):
-    refused = rf"in use by process {holder.pid} on .* since .*; wait for it or stop it"
-    with pytest.raises(ValueError, match=refused), locked(tmp_path / "run"):
-        pytest.fail("two processes hold one folder")
-    holder.kill()  # not even asked
-    holder.wait()
-    with locked(tmp_path / "run"):
-        assert (tmp_path / "run" / ".lock").read_text().startswith(f"process {os.getpid()} on")
 
 
 def test_a_run_in_a_folder_that_is_in_use_is_refused_in_one_line(holder, tmp_path):

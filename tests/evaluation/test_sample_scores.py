@@ -16,8 +16,8 @@ from var_exp.evaluation.networks.classifier import train_or_load
 from var_exp.evaluation.reference import reference_of, save_reference
 from var_exp.evaluation.reference_file import Reference
 from var_exp.evaluation.samples.sample_set import draw_missing
-from var_exp.evaluation.scorer import SampleScorer
-from var_exp.experiment.sample import beside_expected, scorer_of
+from var_exp.evaluation.scorer import RealImages, SampleScorer
+from var_exp.experiment.sample import beside_expected
 from var_exp.io.parts import Parts
 from var_exp.sampling.generate import Samples
 from var_exp.visualization.images import to_uint8
@@ -277,6 +277,5 @@ def test_a_portable_folder_needs_a_reference_to_be_scored_against(trained, tmp_p
 
 def test_images_of_another_size_than_the_models_are_refused(digits):
     sampler = tiny_sampler()
-    options = {"reference": None, "num_reference": 10, "batch_size": 8, "cache": None}
     with pytest.raises(ValueError, match=r"digits are of \(16, 16\) .* of the model of \(10, 10\)"):
-        scorer_of(JudgingProjection((10, 10)), digits, sampler.tokenizer, None, **options)
+        RealImages(JudgingProjection((10, 10)), digits, sampler.tokenizer.image_size)

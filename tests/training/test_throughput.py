@@ -17,7 +17,7 @@ from var_exp.data import ImageSource
 from var_exp.tokenizer.adversarial_loss import Adversary
 from var_exp.tokenizer.discriminator import PatchGAN
 from var_exp.training.callbacks import throughput as monitor
-from var_exp.training.callbacks.throughput import Monitor
+from var_exp.training.callbacks.throughput import ThroughputMonitor
 from var_exp.training.loggers.csv import ContinuedCSVLogger
 from var_exp.training.loggers.tensorboard import ImageTensorBoardLogger
 from var_exp.training.loggers.wandb import ContinuedWandbLogger
@@ -188,7 +188,7 @@ class Watched(Callback):
 
     def on_train_batch_end(self, trainer, module, *_):
         self.trainer = trainer
-        (found,) = [c for c in trainer.callbacks if isinstance(c, Monitor)]
+        (found,) = [c for c in trainer.callbacks if isinstance(c, ThroughputMonitor)]
         self.flops = found.flops
 
 

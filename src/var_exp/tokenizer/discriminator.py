@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from var_exp.configurable import checked
-from var_exp.io.pretrained import Frozen, as_rgb, load
+from var_exp.io.pretrained import Frozen, as_rgb
 from var_exp.tokenizer.autoencoder import group_norm
-from var_exp.tokenizer.dino import DINO, KEY, DinoFeatures, assemble_transformer
+from var_exp.tokenizer.dino import KEY, DinoFeatures, load_transformer
 
 NumLayers = Annotated[int, Ge(1), Le(8)]  # 8 see at least 768 pixels
 SLOPE = 0.2  # of leaky ReLUs
@@ -96,8 +96,8 @@ class DinoDiscriminator(nn.Module):
         kernel_size: patches that the wider convolution of a head sees.
 
     Raises:
-        ValueError: the file is missing and cannot be fetched, is damaged, or holds another
-            network; image_size or depths do not fit it.
+        ValueError: timm is not installed; the file is missing and cannot be fetched, is damaged,
+            or holds another network; image_size or depths do not fit it.
     """
 
     @checked
@@ -109,8 +109,7 @@ class DinoDiscriminator(nn.Module):
         kernel_size: PositiveInt = 9,
     ):
         super().__init__()
-        transformer = load(DINO, weights, assemble_transformer)
-        features = DinoFeatures(transformer, image_size, depths)
+        features = DinoFeatures(load_transformer(weights), image_size, depths)
         self.heads = nn.ModuleList(TokenHead(features.width, kernel_size) for _ in depths)
         self.features = Frozen(features)
 

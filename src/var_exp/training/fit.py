@@ -20,7 +20,7 @@ from var_exp.evaluation.evaluator import Evaluator
 from var_exp.training.callbacks.batch_counter import BatchProgress
 from var_exp.training.callbacks.checkpointing import Checkpoints, SealedFiles
 from var_exp.training.callbacks.progress_bar import progress_bar
-from var_exp.training.callbacks.throughput import Monitor
+from var_exp.training.callbacks.throughput import ThroughputMonitor
 from var_exp.training.loggers.guarded import Guarded
 from var_exp.training.module import StageModule
 from var_exp.training.resume import (
@@ -221,7 +221,7 @@ def fit_stage(
             logger=[Guarded(make, str(run_dir), module.stage) for make in loggers],
             callbacks=[
                 progress,
-                *([Monitor()] if loggers else []),  # before those that may take long
+                *([ThroughputMonitor()] if loggers else []),  # before those that may take long
                 *callbacks,
                 progress_bar(module.stage),
                 Checkpoints(folder, *module.monitor, signals, schedule.save_every),
