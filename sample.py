@@ -17,7 +17,7 @@ import hydra
 from omegaconf import DictConfig
 
 from var_exp.checkpoint.pipeline import VARPipeline
-from var_exp.distributed.launch import joined
+from var_exp.distributed.launch import process_group
 from var_exp.evaluation.samples.sample_set import draw_missing
 from var_exp.experiment import sample as build
 from var_exp.experiment.entry import launch, program
@@ -41,24 +41,24 @@ def sample(cfg: DictConfig, run: Run) -> None:
     sampler = build.sampler(cfg, found)
     plan = sampler.plan()
     real = build.real_source(cfg, found) if cfg.evaluate else None
-    with joined(device, cfg.devices, cfg.num_nodes) as processes:
+    with process_group(device, cfg.devices, cfg.num_nodes) as processes:
         pipeline.to(processes.device)
         if cfg.compile:
             pipeline.compile(graphs=cfg.compile == build.GRAPHS)
         scorer = real and build.scorer(cfg, real, found)
         scored = build.ScoredSet(cfg, run, found, plan, scorer)
         samples = scored.samples
-        if processes.is_first:  # up to here nothing was written
+        if processes.is_main_process:  # up to here nothing was written
             samples.check()
             build.export(pipeline, exports)
             write_record(cfg, run.path)
             if replaced := samples.begin():
                 print(replaced)
         missing = processes.tell(lambda: samples.missing(scored.is_scored))
-        stop = functools.partial(signals.stop_if_traced, run.path)
+        stop = functools.partial(signals.raise_if_stopped_elsewhere, run.path)
         draw_missing(samples, missing, sampler, scorer, processes.rank, processes.size, stop)
         processes.part()
-        if not processes.is_first:
+        if not processes.is_main_process:
             return
         samples.finish(sampler, found.class_names)
         rows |= scored.score()

@@ -4,10 +4,10 @@
 come from a configuration or from Python: `dropout: Annotated[float, Ge(0), Lt(1)]`.
 
 A checkpoint has to carry enough to build its networks again, as plain data that loads with
-`weights_only=True`. `@recorded` keeps the constructor's arguments of a class in `module.spec`:
-`{"_target_": "package.Class", argument: plain value or the spec of another recorded module}`,
-the very form that the YAML files under `conf/` have. `build(spec)` is its inverse, and builds
-recorded classes only, so that a checkpoint can never name code to run.
+`weights_only=True`. `@recorded` keeps the constructor's arguments of a class in `module.config`:
+`{"_target_": "package.Class", argument: plain value or the config of another registered module}`,
+the very form that the YAML files under `conf/` have. `build(config)` is its inverse, and builds
+registered classes only, so that a checkpoint can never name code to run.
 """
 
 import contextlib
@@ -63,11 +63,13 @@ EXPECTED = {
 }
 Init = TypeVar("Init", bound=Callable[..., None])
 
-_RECORDED: dict[str, type] = {}
+_REGISTERED: dict[str, type] = {}
+# Arguments of earlier versions, and what they are called now.
+_RENAMED = {"scale_drop": "quantizer_dropout", "scale_drop_from": "quantizer_dropout_from"}
 
 
-def recorded(cls: type) -> type:
-    """Class decorator: store the constructor's arguments as plain data in `self.spec`."""
+def register_config(cls: type) -> type:
+    """Class decorator: store the constructor's arguments as plain data in `self.config`."""
     init = cls.__init__
     target = f"{cls.__module__}.{cls.__qualname__}"
     signature = inspect.signature(init)
@@ -77,33 +79,41 @@ def recorded(cls: type) -> type:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         arguments = dict(list(bound.arguments.items())[1:])
-        spec = {"_target_": target} | {name: _plain(v) for name, v in arguments.items()}
+        config = {"_target_": target} | {name: _plain(v) for name, v in arguments.items()}
         init(self, *args, **kwargs)
         if type(self) is cls:
-            self.spec = spec
+            self.config = config
 
     cls.__init__ = wrapped
-    _RECORDED[target] = cls
+    _REGISTERED[target] = cls
     return cls
 
 
-def build(spec: dict[str, Any]) -> Any:
-    """Build the module that a spec describes.
+def build(config: dict[str, Any]) -> Any:
+    """Build the module that a config describes.
 
     Raises:
-        ValueError: the spec names a class that is not a recorded network.
+        ValueError: the config names a class that is not a registered network.
     """
-    target = str(spec.get("_target_"))
-    if target not in _RECORDED and target.startswith("var_exp."):
+    config = with_current_names(config)
+    target = str(config.get("_target_"))
+    if target not in _REGISTERED and target.startswith("var_exp."):
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(target.rpartition(".")[0])
-    if target not in _RECORDED:
+    if target not in _REGISTERED:
         raise ValueError(
             f"checkpoint: {target!r} is not a network of var-exp; expected one of "
-            f"{sorted(_RECORDED)} (import your own recorded class first)"
+            f"{sorted(_REGISTERED)} (import your own registered class first)"
         )
-    arguments = {k: _build_value(v) for k, v in spec.items() if k != "_target_"}
-    return _RECORDED[target](**arguments)
+    arguments = {k: _build_value(v) for k, v in config.items() if k != "_target_"}
+    return _REGISTERED[target](**arguments)
+
+
+def with_current_names(config: Any) -> Any:
+    """Return a config that an earlier version wrote, as this one writes it."""
+    if isinstance(config, dict):
+        return {_RENAMED.get(k, k): with_current_names(v) for k, v in config.items()}
+    return [with_current_names(v) for v in config] if isinstance(config, list) else config
 
 
 def _build_value(value: Any) -> Any:
@@ -113,13 +123,13 @@ def _build_value(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(value, "spec"):
-        return value.spec
+    if hasattr(value, "config"):
+        return value.config
     if isinstance(value, tuple | list):
         return [_plain(v) for v in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"a recorded constructor takes plain values, got {type(value).__name__}")
+    raise TypeError(f"a registered constructor takes plain values, got {type(value).__name__}")
 
 
 # -- ranges of arguments ------------------------------------------------------------------

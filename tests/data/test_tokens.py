@@ -19,8 +19,8 @@ from helpers.tiny import tiny_quantizer, tiny_tokenizer
 from helpers.together import together
 from var_exp.data import CodeBatch, ImageDataModule, ImageSource, Shapes, TokenCache
 from var_exp.data.source import TensorImages
-from var_exp.data.tokens.cache import forget_codes
-from var_exp.distributed.signals import Interrupted, Interruption
+from var_exp.data.tokens.cache import delete_codes
+from var_exp.distributed.signals import Interrupted, SignalHandler
 from var_exp.training.encode import cache_key, encode, encode_stage
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def served(cache, source, part, plan=(4, 20), rank=0, world_size=1, seed=0):
 # -- the same training ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"micro_batch": 2}], ids=["whole", "micro-batches"])
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 2}], ids=["whole", "micro-batches"])
 def test_training_from_codes_is_training_from_images(changes, source, tokenizer, tmp_path):
     cache = encoded(make_cache(tmp_path / "codes", source, tokenizer), source, tokenizer)
     _, from_images = run("var", source, tmp_path / "images", **changes)
@@ -242,17 +242,17 @@ def test_parts_that_were_damaged_before_all_were_there_are_encoded_again(
 def test_a_signal_stops_it_after_a_batch_and_the_same_command_goes_on(
     whole, source, tokenizer, tmp_path, monkeypatch
 ):
-    interruption, data = Interruption(), ImageDataModule(source)
+    signal_handler, data = SignalHandler(), ImageDataModule(source)
     trainer = functools.partial(L.Trainer, accelerator="cpu", devices=1)
     arguments = (tokenizer, data, trainer, make_cache(tmp_path, source, tokenizer), 4)
 
     def asked(images, encode=tokenizer.encode):
-        interruption.noted = signal.SIGTERM
+        signal_handler.received = signal.SIGTERM
         return encode(images)
 
     monkeypatch.setattr(tokenizer, "encode", asked)
     with pytest.raises(Interrupted, match="SIGTERM"):
-        encode_stage(*arguments, interruption)
+        encode_stage(*arguments, signal_handler)
     assert data.codes is None and [p.name for p in tmp_path.iterdir()] == ["tokens.json"]
     encode_stage(*arguments)
     assert files(tmp_path) == whole and data.codes.is_complete()
@@ -338,7 +338,7 @@ def test_forgetting_codes_leaves_what_is_of_others(source, tokenizer, tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "val-00000.npy").touch()  # without a record it may be anyone's
     for name in "abcd":  # there is no c
-        forget_codes(tmp_path / name)
+        delete_codes(tmp_path / name)
     assert sorted(path.name for path in tmp_path.rglob("*")) == [
         "b",
         "d",

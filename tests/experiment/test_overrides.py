@@ -60,7 +60,7 @@ def test_what_hydra_cannot_read_is_shown_as_it_is_typed():
 @pytest.mark.parametrize(
     "wrong, nearest",
     [
-        ("lr=1", ["model.tokenizer.module.optimizer.lr", "model.var.module.optimizer.lr"]),
+        ("lr=1", ["model.tokenizer.optimizer.lr", "model.var.optimizer.lr"]),
         ("batch_size=8", ["model.tokenizer.batch_size", "model.var.batch_size"]),
         ("model.var.num_batch=3", ["'model.var.num_batches'"]),
         ("sede=1", ["nearest is 'seed'"]),

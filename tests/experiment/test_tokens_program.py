@@ -41,7 +41,7 @@ def test_mistakes_are_named_before_anything_is_trained(trained, tmp_path):
     for wrong, said in [
         (["tokens.views=0"], "tokens.views"),
         (["tokens.batch_size=0"], "tokens.batch_size"),
-        (["model.var.module.corrupt=0.1"], "model.var.module.corrupt=0.1"),
+        (["model.var.self_correction_prob=0.1"], "model.var.self_correction_prob=0.1"),
         (["stages=[var,tokens]"], "stages: expected [tokenizer,tokens,var]"),
         (["stages=[tokens]", "objective=var/loss", f"tokenizer_ckpt={trained}"], "objective"),
         (["tokens.dir=/dev/null/x"], "tokens"),

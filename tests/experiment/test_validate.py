@@ -38,15 +38,15 @@ def test_choices_that_are_names_or_none_are_left_to_hydra():
 @pytest.mark.parametrize(
     "key, value, named",
     [
-        ("model.tokenizer.module.clip", "abc", "expected a number, got 'abc'"),
-        ("model.tokenizer.module.clip", float("nan"), "expected a number, got nan"),
+        ("model.tokenizer.clip", "abc", "expected a number, got 'abc'"),
+        ("model.tokenizer.clip", float("nan"), "expected a number, got nan"),
         ("model.var.batch_size", 1.5, "expected a whole number, got 1.5"),
         ("model.var.batch_size", True, "expected a whole number, got true"),
-        ("model.var.module.scale_weights", 4, "expected a list or null, got 4"),
-        ("model.var.module.scaling_law", "yes", "expected true or false, got 'yes'"),
-        ("model.var.module.optimizer.betas", [0.9], "expected a longer list, got [0.9]"),
-        ("model.var.module.progressive", {"first": 2}, "_target_: ...} that gives a Progressive"),
-        ("model.tokenizer.module.loss._target_", "var_exp.data.Digits", "ReconstructionLoss"),
+        ("model.var.scale_weights", 4, "expected a list or null, got 4"),
+        ("model.var.scaling_law", "yes", "expected true or false, got 'yes'"),
+        ("model.var.optimizer.betas", [0.9], "expected a longer list, got [0.9]"),
+        ("model.var.progressive", {"first": 2}, "_target_: ...} that gives a Progressive"),
+        ("model.tokenizer.loss._target_", "var_exp.data.Digits", "ReconstructionLoss"),
         ("transformer.depth", None, "expected a whole number, got null"),
         ("transformer._target_", "var_exp.nowhere", "there is no 'var_exp.nowhere'"),
         ("callbacks.var.report", 7, "_target_"),
@@ -79,10 +79,10 @@ def changed(program, *overrides):
 
 NONSENSE = {
     "train": [
-        *("model.var.module.schedule.warmup=5", "model.var.module.schedule.warmup=-1"),
-        *("model.var.module.schedule.final=-3", "+model.var.module.schedule.hold=7"),
-        *("model.tokenizer.module.loss.l1=-1", "model.tokenizer.module.loss.codebook=-1"),
-        *("model.var.module.label_drop=1", "model.var.batch_size=1000000000"),
+        *("model.var.schedule.warmup=5", "model.var.schedule.warmup=-1"),
+        *("model.var.schedule.final=-3", "+model.var.schedule.hold=7"),
+        *("model.tokenizer.loss.l1=-1", "model.tokenizer.loss.codebook=-1"),
+        *("model.var.class_dropout_prob=1", "model.var.batch_size=1000000000"),
         *("transformer.dropout=1", "transformer.drop_path=2", "transformer.softmax_scale=0"),
         *("transformer.mlp_ratio=0", "tokenizer.encoder.width=0", "tokenizer.encoder.patch_size=0"),
         *("tokenizer.encoder.multipliers=[]", "tokenizer.quantizer.entropy_temperature=0"),
@@ -114,10 +114,10 @@ def test_nonsense_is_refused_in_one_line_that_names_key_and_value(program, overr
 
 
 def test_a_key_of_the_users_own_is_taken_where_other_values_refer_to_it():
-    check_types(changed("train", "+rate=1e-3", "model.var.module.optimizer.lr=${rate}"))
-    check_types(changed("train", "+mine.rate=1e-3", "model.var.module.clip=${mine.rate}"))
+    check_types(changed("train", "+rate=1e-3", "model.var.optimizer.lr=${rate}"))
+    check_types(changed("train", "+mine.rate=1e-3", "model.var.clip=${mine.rate}"))
     with pytest.raises(ValueError, match="rate: there is no such key"):
-        check_types(changed("train", "+rate=1e-3", "model.var.module.optimizer.lr=1e-3"))
+        check_types(changed("train", "+rate=1e-3", "model.var.optimizer.lr=1e-3"))
 
 
 @pytest.mark.parametrize(
@@ -161,12 +161,12 @@ def test_a_value_that_is_written_elsewhere_is_named_by_both_keys():
 @pytest.mark.parametrize(
     "override, named",
     [
-        ("model.var.module.clip=abc", ["model.var.module.clip", "'abc'"]),
-        ("+model.var.module.clp=1", ["model.var.module.clp", "the nearest is 'clip'"]),
-        ("~model.var.module.optimizer", ["'optimizer'"]),
-        ("model.var.module.optimizer.lr=-1", ["model.var.module.optimizer", "-1"]),
+        ("model.var.clip=abc", ["model.var.clip", "'abc'"]),
+        ("+model.var.clp=1", ["model.var.clp", "the nearest is 'clip'"]),
+        ("~model.var.optimizer", ["'optimizer'"]),
+        ("model.var.optimizer.lr=-1", ["model.var.optimizer", "-1"]),
         ("trainer.devices=0", ["trainer: ", "devices=0"]),
-        ("model.tokenizer.module.freeze=[encoder]", ["freeze", "init_from=PATH"]),
+        ("model.tokenizer.freeze=[encoder]", ["freeze", "init_from=PATH"]),
         ("num_threads=1000000000000", ["num_threads", "1000000000000"]),
         ("trainer.devices=abc", ["trainer.devices"]),
         ("trainer._target_=builtins.dict", ["trainer._target_", "dict"]),
@@ -178,7 +178,7 @@ def test_a_value_that_is_written_elsewhere_is_named_by_both_keys():
         ("evaluation.network={_target_:builtins.dict}", ["evaluation.network"]),
         ("evaluation.network={_target_:var_exp.data.Digits}", ["evaluation.network"]),
         ("evaluation.scores.seed=-1", ["evaluation.scores.seed", "-1"]),
-        ("model.tokenizer.module.loss={_target_:nowhere.at}", ["module.loss", "nowhere.at"]),
+        ("model.tokenizer.loss={_target_:nowhere.at}", ["module.loss", "nowhere.at"]),
         ("~callbacks.tokenizer.scores.num_images", ["callbacks.tokenizer.scores", "'num_images'"]),
         ("callbacks.var.scores.every_n_batches=-1", ["callbacks.var.scores.every_n_batches", "-1"]),
         ("evaluation.every_n_epochs=0", ["evaluation.every_n_epochs", "0"]),

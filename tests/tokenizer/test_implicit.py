@@ -231,8 +231,8 @@ def test_entropies_reach_from_certainty_to_all_codes_alike(make):
 @every_kind
 def test_they_are_built_again_from_their_spec(make):
     codebook = make()
-    again = build(codebook.spec)
-    assert type(again) is type(codebook) and again.spec == codebook.spec
+    again = build(codebook.config)
+    assert type(again) is type(codebook) and again.config == codebook.config
     assert torch.equal(table(again), table(codebook))
 
 

@@ -183,9 +183,9 @@ def test_a_number_of_phis_that_cannot_serve_is_refused(num_phi, largest):
     ("name", "value", "expected"),
     [
         ("num_phi", 0, ": expected a number > 0"),
-        ("scale_drop", 1.5, ": expected a number <= 1"),
-        ("scale_drop_from", 0, ": expected a number > 0"),
-        ("scale_drop_from", 6, " must be in 1..5, the number of scales"),
+        ("quantizer_dropout", 1.5, ": expected a number <= 1"),
+        ("quantizer_dropout_from", 0, ": expected a number > 0"),
+        ("quantizer_dropout_from", 6, " must be in 1..5, the number of scales"),
         ("entropy", -0.1, ": expected a number >= 0"),
         ("entropy_temperature", 0.0, ": expected a number > 0"),
     ],

@@ -23,19 +23,19 @@ def given(transformer):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("recompute", [0.5, 1.0])
-def test_recomputed_blocks_have_the_same_gradients_to_the_bit_dropout_included(block, recompute):
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_recomputed_blocks_have_the_same_gradients_to_the_bit_dropout_included(block, share):
     transformer = tiny_transformer(block=block, dropout=0.2, drop_path=0.2).train()
     batch = given(transformer)
     loss, gradients = loss_and_gradients(transformer, *batch)
-    transformer.computing = Computing(recompute=recompute)
+    transformer.computing = Computing(activation_checkpointing=share)
     again, others = loss_and_gradients(transformer, *batch)
     assert torch.equal(loss, again) and all(map(torch.equal, gradients, others))
 
 
 def test_a_share_of_the_blocks_is_recomputed_evenly_spread():
     def chosen(share, depth):
-        return [i for i in range(depth) if Computing(recompute=share).recomputes(i)]
+        return [i for i in range(depth) if Computing(activation_checkpointing=share).recomputes(i)]
 
     assert chosen(0, 8) == [] and chosen(1, 8) == list(range(8))
     assert chosen(0.5, 8) == [1, 3, 5, 7] and chosen(0.25, 8) == [3, 7]
@@ -48,7 +48,7 @@ def test_recomputed_blocks_run_twice_in_training_and_once_without_gradients():
         calls.append(1)
         return call_block(*args)
 
-    transformer.computing = Computing(recompute=0.5, call=counted)
+    transformer.computing = Computing(activation_checkpointing=0.5, call=counted)
     loss_and_gradients(transformer, *given(transformer))
     assert len(calls) == 4 + 2
     calls.clear()

@@ -23,7 +23,7 @@ every_block = pytest.mark.parametrize("block", BLOCKS)
 def test_each_option_changes_the_logits_and_travels_with_the_spec(option, block):
     network = tiny_transformer(block=block, **{option: OPTIONS[option]})
     weights, inputs = network.state_dict(), torch.randn(2, 54, 4)
-    again = build(json.loads(json.dumps(network.spec))).eval()
+    again = build(json.loads(json.dumps(network.config))).eval()
     again.load_state_dict(weights)
     assert torch.equal(again(inputs), network(inputs))
     without = tiny_transformer(block=block)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from var_exp.checkpoint.checkpoint import load_networks
 from var_exp.configurable import build
-from var_exp.io.files import replacing
+from var_exp.io.files import atomic_write
 from var_exp.sampling.compile import compile_for_sampling
 from var_exp.sampling.generate import check_fit, generate
 from var_exp.sampling.labels import take_turns
@@ -134,7 +134,7 @@ class VARPipeline:
         folder = Path(folder)
         config = {
             "format": FORMAT,
-            "networks": {name: getattr(self, name).spec for name in NETWORKS},
+            "networks": {name: getattr(self, name).config for name in NETWORKS},
             "class_names": list(self.class_names),
         }
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,9 +143,9 @@ class VARPipeline:
         for name in NETWORKS:
             state = getattr(self, name).state_dict()
             tensors = {key: value.cpu().contiguous() for key, value in state.items()}
-            with replacing(folder / name / WEIGHTS) as unfinished:
+            with atomic_write(folder / name / WEIGHTS) as unfinished:
                 save_file(tensors, unfinished, metadata={"format": "pt"})
-        with replacing(folder / CONFIG) as unfinished:
+        with atomic_write(folder / CONFIG) as unfinished:
             unfinished.write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod

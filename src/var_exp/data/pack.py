@@ -29,7 +29,7 @@ from var_exp.data.shards.index import (
     write_index,
 )
 from var_exp.data.shards.writer import BadImages, begin, plan, write_shard
-from var_exp.io.files import replacing
+from var_exp.io.files import atomic_write
 from var_exp.io.parts import in_processes
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -76,7 +76,7 @@ def pack(
             f"({bad[0][1]}): remove them, or leave them out by --on-bad-image skip"
         )
     if source.class_names:
-        with replacing(out / CLASSES) as unfinished:
+        with atomic_write(out / CLASSES) as unfinished:
             unfinished.write_text(json.dumps(list(source.class_names)) + "\n")
     names = [job.path.name for job in jobs]
     parts.finish(names)

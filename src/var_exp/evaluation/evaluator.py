@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from var_exp.distributed.collectives import common_batches, is_first, share
+from var_exp.distributed.collectives import common_batches, is_main_process, share
 from var_exp.evaluation import protocol
 from var_exp.evaluation.metrics import ScoreSettings, scores
 from var_exp.evaluation.neighbours import nearest, neighbours_picture
@@ -24,7 +24,7 @@ from var_exp.evaluation.networks.base import FeatureBank, FeatureNetwork, Featur
 from var_exp.evaluation.reference import Reference
 from var_exp.evaluation.sampler import Sampler, device_of
 from var_exp.evaluation.scorer import RealImages, scores_against
-from var_exp.io.files import replacing
+from var_exp.io.files import atomic_write
 from var_exp.sampling.generate import evaluating, round_up
 from var_exp.sampling.labels import take_turns
 from var_exp.tokenizer import VQVAE
@@ -124,7 +124,7 @@ class Evaluator:
         )
         split = ((range(num_per_scale), True), (range(num_per_scale, num_samples), False))
         # None: hidden off a terminal.
-        hidden = None if is_first() else True
+        hidden = None if is_main_process() else True
         total = len(share(num_samples))
         with tqdm(total=total, desc="scoring samples", leave=False, disable=hidden) as bar:
             for numbers, per_scale in split:
@@ -158,10 +158,10 @@ class Evaluator:
             ids = torch.tensor(rows[start : start + self.batch_size])
             chosen = [reference.indices[i] for i in ids]
             images, labels = load(self.source, self.source.val, chosen)
-            rebuilt = reconstruct(tokenizer, images)
-            bank.update(self.network(rebuilt), ids)
+            reconstructed = reconstruct(tokenizer, images)
+            bank.update(self.network(reconstructed), ids)
             if classifier:
-                classes = [classifier[1](x) for x in (images, rebuilt.mul(2).sub(1))]
+                classes = [classifier[1](x) for x in (images, reconstructed.mul(2).sub(1))]
                 right = torch.stack([(x == labels).float() for x in classes], dim=1)  # (B, 2)
                 hits.update(Features(right, None), ids)
             if batch < common_batches(len(reference.indices), self.batch_size):
@@ -173,16 +173,16 @@ class Evaluator:
             found = scores(bank.compute(), reference, name, self.score_settings, only)
             found = {f"r{key}": value for key, value in found.items()}
         if classifier:
-            real, rebuilt = hits.compute().features.mean(dim=0).tolist()
+            real, reconstructed = hits.compute().features.mean(dim=0).tolist()
             found[f"class_accuracy_real_{classifier[0]}"] = real
-            found[f"class_accuracy_{classifier[0]}"] = rebuilt
+            found[f"class_accuracy_{classifier[0]}"] = reconstructed
         return found
 
     # -- at the end of a stage ------------------------------------------------------------
 
     def conclude_tokenizer(self, tokenizer: VQVAE, folder: Path) -> dict[str, float]:
         """Write `reconstructions.png` and return the scores of reconstructions."""
-        if is_first():
+        if is_main_process():
             picture = self.reconstruction_picture(tokenizer, num_images=12)
             save_png(picture, folder / "reconstructions.png")
         return self.score_reconstructions(tokenizer)
@@ -196,11 +196,11 @@ class Evaluator:
         found = self.score_samples(
             transformer, tokenizer, self.num_samples, self.num_samples_per_scale
         )
-        if is_first():
+        if is_main_process():
             pictures = self.draw_per_class(transformer, tokenizer, num_per_class=10)
             save_png(pictures.grid, folder / "grid.png")
             save_png(pictures.strip, folder / "coarse_to_fine.png")
-            with replacing(folder / "steps.npz") as unfinished:
+            with atomic_write(folder / "steps.npz") as unfinished:
                 names = np.array(self.source.class_names[:MAX_ROWS], dtype=str)
                 np.savez_compressed(unfinished, arr_0=pictures.steps, names=names)
             picture = self.neighbour_picture(transformer, tokenizer)
@@ -258,8 +258,8 @@ class Evaluator:
     def reconstruction_picture(self, tokenizer: VQVAE, num_images: int) -> np.ndarray:
         """The first validation images, and what each scale makes of them: uint8 (H, W, 3)."""
         images, _ = load(self.source, self.source.val, range(num_images))
-        rebuilt = reconstruct(tokenizer, images, per_scale=True)
-        return reconstructions(images.add(1).div(2), rebuilt, tokenizer.schedule.sizes)
+        reconstructed = reconstruct(tokenizer, images, per_scale=True)
+        return reconstructions(images.add(1).div(2), reconstructed, tokenizer.schedule.sizes)
 
     def neighbour_picture(self, transformer: VAR, tokenizer: VQVAE) -> np.ndarray | None:
         """The nearest training images beside one sample of each class: uint8 (H, W, 3).

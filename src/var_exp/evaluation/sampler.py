@@ -109,7 +109,7 @@ def choose_classes(classes: str | Sequence[int] | None, num_classes: int) -> lis
 def network_fingerprint(network: nn.Module) -> str:
     """16 hexadecimal digits that change with any weight of a recorded network, or its form."""
     tensors = with_form(sorted(network.state_dict().items()))
-    return fingerprint(json.dumps(network.spec, sort_keys=True), tensors)
+    return fingerprint(json.dumps(network.config, sort_keys=True), tensors)
 
 
 def device_of(network: nn.Module) -> torch.device:

@@ -17,7 +17,7 @@ from var_exp.distributed.launch import (
     check_meeting_point,
     check_processes,
     check_tasks,
-    choose_device,
+    resolve_device,
 )
 from var_exp.evaluation import FeatureNetwork, ScoreSettings, protocol
 from var_exp.evaluation.sampler import Sampler
@@ -44,7 +44,7 @@ def check_sampling(cfg: DictConfig, run: Run) -> torch.device:
         ValueError: processes that this machine cannot have, a compiler that is missing, or a
             folder in which train.py ran, whose record would be replaced.
     """
-    device = choose_device(cfg.device)
+    device = resolve_device(cfg.device)
     check_processes(device, cfg.devices, cfg.num_nodes)
     check_tasks(cfg.devices, cfg.num_nodes)
     check_sweep(cfg.devices * cfg.num_nodes)

@@ -33,7 +33,7 @@ def check_writable(folder: Path, key: str) -> None:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike, keep: str | os.PathLike | None = None) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike, keep: str | os.PathLike | None = None) -> Iterator[Path]:
     """A path beside `path` to write to; it takes its place once the block has ended well.
 
     Whoever is killed or fails within the block leaves what stood at `path` as it was. The
@@ -66,11 +66,11 @@ def sync(path: str | os.PathLike) -> None:
 
 # -- seals ----------------------------------------------------------------------------------
 
-SEAL = b"sha256:"
-SEAL_LENGTH = len(SEAL) + hashlib.sha256().digest_size * 2
+CHECKSUM = b"sha256:"
+CHECKSUM_LENGTH = len(CHECKSUM) + hashlib.sha256().digest_size * 2
 
 
-def seal(path: str | os.PathLike) -> None:
+def write_checksum(path: str | os.PathLike) -> None:
     """Put the SHA-256 of a zip file, as `torch.save` writes it, into the comment at its end.
 
     So the file verifies itself, whole and in one piece, and stays what it was for other readers.
@@ -79,23 +79,23 @@ def seal(path: str | os.PathLike) -> None:
         file.seek(-2, os.SEEK_END)
         assert file.read() == b"\0\0", "a zip file with a comment"
         file.seek(-2, os.SEEK_END)
-        file.write(SEAL_LENGTH.to_bytes(2, "little"))
+        file.write(CHECKSUM_LENGTH.to_bytes(2, "little"))
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.write(SEAL + digest.encode())
+        file.write(CHECKSUM + digest.encode())
 
 
-def check_seal(path: str | os.PathLike) -> None:
+def verify_checksum(path: str | os.PathLike) -> None:
     """Raise ValueError unless the file is there, and to the bit what was sealed."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - SEAL_LENGTH))
+            file.seek(max(0, size - CHECKSUM_LENGTH))
             written = file.read()
-            if not written.startswith(SEAL):
+            if not written.startswith(CHECKSUM):
                 raise ValueError("damaged: the file is not whole")
             file.seek(0)
-            digest, left = hashlib.sha256(), size - SEAL_LENGTH
+            digest, left = hashlib.sha256(), size - CHECKSUM_LENGTH
             while left > 0 and (block := file.read(min(left, 1 << 20))):
                 digest.update(block)
                 left -= len(block)
@@ -103,7 +103,7 @@ def check_seal(path: str | os.PathLike) -> None:
         raise ValueError("there is no such file") from None
     except OSError as error:
         raise ValueError(f"it cannot be read ({error.strerror})") from None
-    if written != SEAL + digest.hexdigest().encode():
+    if written != CHECKSUM + digest.hexdigest().encode():
         raise ValueError("damaged: its content is not what was written")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from var_exp.io.files import replacing, sync
+from var_exp.io.files import atomic_write, sync
 
 SUM = re.compile(r"\.(.+)\.sha256")
 TEMPORARY = re.compile(r"\.(.+)\.\d+(\.\w+)")  # see `replacing`
@@ -135,7 +135,7 @@ class Parts:
         def checked(path: Path) -> None:
             write(path)
             # Before the part takes its place: without a checksum it would count as damaged.
-            with replacing(self._sum(name)) as unfinished:
+            with atomic_write(self._sum(name)) as unfinished:
                 unfinished.write_text(sha256(path))
 
         self._write(name, checked)
@@ -173,7 +173,7 @@ class Parts:
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         path = self.folder / name
         try:
-            with replacing(path) as unfinished:
+            with atomic_write(path) as unfinished:
                 write(unfinished)
                 sync(unfinished)
             sync(self.folder)

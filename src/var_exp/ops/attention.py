@@ -39,7 +39,7 @@ def check_backend(name: str) -> None:
     if name not in (AUTO, *BACKENDS):
         raise ValueError(
             f"model.var: attention must be {AUTO} or one of {', '.join(BACKENDS)}, got {name!r} "
-            f"(model.var.module.attention)"
+            f"(model.var.attention)"
         )
 
 
@@ -104,7 +104,7 @@ def attend_flex(
         reason = "drop attention weights" if dropout > 0 else "train on a CPU"
         raise ValueError(
             f"model.var: FlexAttention cannot {reason}; choose auto, segments or mask "
-            f"(model.var.module.attention)"
+            f"(model.var.attention)"
         )
     attend = flex_attention if on_cpu else compiled_flex()
     return attend(q, k, v, block_mask=visible_blocks(schedule, length, q.device), scale=scale)

@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_exp.configurable import Weight, checked
-from var_exp.distributed.collectives import sum_over_ranks, world_size
+from var_exp.distributed.collectives import all_reduce_sum, world_size
 
 KEY = "adversary"
 EPS = 1e-6  # of equation 7 of VQGAN, with delta in its place
 LECAM_DECAY = 0.99
 
 
-class GameLoss(NamedTuple):
+class GANLoss(NamedTuple):
     """discriminator(real logits, fake logits) and generator(fake logits), each a scalar."""
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
@@ -54,12 +54,12 @@ def non_saturating_generator(fake: Tensor) -> Tensor:
 
 
 LOSSES = {
-    "hinge": GameLoss(hinge_discriminator, hinge_generator),
-    "non_saturating": GameLoss(non_saturating_discriminator, non_saturating_generator),
+    "hinge": GANLoss(hinge_discriminator, hinge_generator),
+    "non_saturating": GANLoss(non_saturating_discriminator, non_saturating_generator),
 }
 
 
-class Adversary(nn.Module):
+class AdversarialLoss(nn.Module):
     """A discriminator with its losses, and how much the generator listens to it.
 
     Args:
@@ -185,11 +185,11 @@ class Adversary(nn.Module):
         logit is not finite, what was remembered before is kept.
         """
         if self._gradients is not None:
-            rec, gan = (sum_over_ranks(self._gradients) / world_size()).norm(dim=1)
+            rec, gan = (all_reduce_sum(self._gradients) / world_size()).norm(dim=1)
             ratio = (rec / (gan + EPS)).clamp(max=self.max_weight)
             _remember(self.adaptive_weight, ratio, (rec + gan).isfinite())
         if self._logits is not None:
-            total, count = (sum_over_ranks(self._logits) / world_size()).unbind(1)
+            total, count = (all_reduce_sum(self._logits) / world_size()).unbind(1)
             means = self.logit_averages.lerp(total / count, 1 - LECAM_DECAY)
             _remember(self.logit_averages, means, means.isfinite().all())
         self._clear()

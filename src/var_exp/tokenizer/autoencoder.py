@@ -18,7 +18,7 @@ from annotated_types import MinLen
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from var_exp.configurable import Fraction, checked, recorded
+from var_exp.configurable import Fraction, checked, register_config
 from var_exp.ops.convolution import WIDE, Conv3x3
 from var_exp.ops.upsampling import Upsample
 
@@ -143,7 +143,7 @@ def level_sizes(
     return widths, blocks
 
 
-@recorded
+@register_config
 class Encoder(nn.Module):
     """Images (B, in_channels, H, W) -> features (B, code_dim, H / stride, W / stride).
 
@@ -204,7 +204,7 @@ class Encoder(nn.Module):
         return self.conv_out(activated(self.norm_out, x))  # (B, D, h, w)
 
 
-@recorded
+@register_config
 class Decoder(nn.Module):
     """Features (B, code_dim, h, w) -> images (B, out_channels, h * stride, w * stride).
 

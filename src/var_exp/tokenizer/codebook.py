@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from var_exp.configurable import Fraction, VocabSize, checked, recorded
-from var_exp.distributed.collectives import from_first, own_part, sum_over_ranks
+from var_exp.configurable import Fraction, VocabSize, checked, register_config
+from var_exp.distributed.collectives import all_reduce_sum, broadcast, scatter
 
 # Where codes start -> steps of k-means after starting at vectors of the data; None: no start.
 STARTS = {"none": None, "data": 0, "kmeans": 10}
@@ -88,7 +88,7 @@ class BaseCodebook(nn.Module):
         """Called after each training forward with the vectors (N, D) and their codes (N,)."""
 
 
-@recorded
+@register_config
 class Codebook(BaseCodebook):
     """V code vectors of dimension D, learned by gradient.
 
@@ -169,7 +169,7 @@ class Codebook(BaseCodebook):
             self._count_fully(everything, number / self.vocab_size)
 
     def _kmeans(self, vectors: Tensor, steps: int) -> None:
-        order = from_first(torch.randperm(len(vectors), device=vectors.device))
+        order = broadcast(torch.randperm(len(vectors), device=vectors.device))
         sample = vectors[order[:KMEANS_VECTORS]]
         for _ in range(steps):
             count, total = self._sums(sample, self.nearest(sample))
@@ -206,15 +206,15 @@ class Codebook(BaseCodebook):
         Each process sums its part. All have the very same sums in the end, which they would not
         if each summed everything, in an order that a GPU does not keep to.
         """
-        vectors, indices = own_part(vectors), own_part(indices)
+        vectors, indices = scatter(vectors), scatter(indices)
         rows = F.pad(vectors, (0, 1), value=1.0)  # (N, D + 1), the last counts
         rows = rows.masked_fill(~finite(vectors).unsqueeze(1), 0)
         sums = rows.new_zeros(self.vocab_size, self.code_dim + 1).index_add_(0, indices, rows)
-        sums = sum_over_ranks(sums)
+        sums = all_reduce_sum(sums)
         return sums[:, -1], sums[:, :-1]
 
 
-@recorded
+@register_config
 class EMACodebook(Codebook):
     """Codes that follow the mean of the vectors which chose them.
 
@@ -276,7 +276,7 @@ def pick(vectors: Tensor, count: int) -> Tensor:
     picked = vectors[order[place % number]]  # (count, D)
     noise = 0.1 * picked.std(dim=0, correction=0) * torch.randn_like(picked)
     picked = torch.where((place >= number).unsqueeze(1), picked + noise, picked)
-    return from_first(picked)
+    return broadcast(picked)
 
 
 def finite(vectors: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from annotated_types import Ge, MinLen
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from var_exp.configurable import checked, recorded
+from var_exp.configurable import checked, register_config
 from var_exp.tokenizer.codebook import BaseCodebook, Entropies, check_start, entropies, finite
 
 MAX_VOCAB = 2**16
@@ -120,7 +120,7 @@ class GridCodebook(BaseCodebook):
             self.log_magnitude.copy_(torch.where(fresh.isfinite(), fresh, self.log_magnitude))
 
 
-@recorded
+@register_config
 class BitwiseCodebook(GridCodebook):
     """V = 2^D codes: the signs of a vector, times magnitude / sqrt(D).
 
@@ -148,7 +148,7 @@ class BitwiseCodebook(GridCodebook):
         return self.code_dim**0.5 * mean_abs
 
 
-@recorded
+@register_config
 class FSQCodebook(GridCodebook):
     """Each dimension bounded by a tanh and rounded to one of its levels.
 

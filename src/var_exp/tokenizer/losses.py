@@ -40,7 +40,7 @@ class ReconstructionLoss(nn.Module):
         if lpips > 0 and perceptual is None:
             raise ValueError(
                 f"tokenizer: a perceptual term of weight {lpips} needs a network, got none "
-                f"(model.tokenizer.module.loss.perceptual, model.tokenizer.module.loss.lpips)"
+                f"(model.tokenizer.loss.perceptual, model.tokenizer.loss.lpips)"
             )
         self.l1, self.l2, self.edge, self.lpips, self.codebook = l1, l2, edge, lpips, codebook
         self.perceptual = perceptual

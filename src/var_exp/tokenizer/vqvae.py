@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from var_exp.configurable import recorded
+from var_exp.configurable import register_config
 from var_exp.io.fingerprint import fingerprint
 from var_exp.ops.convolution import Conv3x3
 from var_exp.scales import ScaleSchedule
@@ -28,7 +28,7 @@ class Reconstruction(NamedTuple):
     loss: Tensor
 
 
-@recorded
+@register_config
 class VQVAE(nn.Module):
     """Encoder, multi-scale quantizer, decoder.
 

@@ -20,17 +20,16 @@ import torch
 from tqdm import tqdm
 
 from var_exp.data import ImageDataModule, ImageSource, TokenCache
-from var_exp.data.tokens.cache import ROWS, Part, forget_codes
+from var_exp.data.tokens.cache import ROWS, Part, delete_codes
 from var_exp.distributed.collectives import (
+    all_reduce_max,
     barrier,
-    from_first,
-    is_first,
-    max_over_ranks,
+    broadcast,
     rank,
     world_size,
 )
 from var_exp.distributed.rank import is_main_process
-from var_exp.distributed.signals import Interrupted, Interruption
+from var_exp.distributed.signals import Interrupted, SignalHandler
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.evaluation.reference import data_fingerprint
 from var_exp.evaluation.sampler import device_of
@@ -73,7 +72,7 @@ class EncodingStage:
     is_owned: bool = True
     restarts: bool = False
     reader: TrainingStage | None = None
-    signals: Interruption | None = None
+    signals: SignalHandler | None = None
     name = "tokens"
 
     def __str__(self) -> str:
@@ -94,7 +93,7 @@ class EncodingStage:
     def restart(self) -> None:
         """Delete the codes of this run."""
         if self.is_owned:
-            forget_codes(self.folder)
+            delete_codes(self.folder)
 
     def run(self, evaluator: Evaluator) -> None:
         """Encode what is missing, and let the data module serve codes."""
@@ -145,7 +144,7 @@ def encode_stage(
     trainer: Callable[..., L.Trainer],
     cache: TokenCache,
     batch_size: int,
-    interruption: Interruption | None = None,
+    signal_handler: SignalHandler | None = None,
 ) -> None:
     """Encode what is missing in a cache, and let the datamodule serve codes from it.
 
@@ -159,7 +158,7 @@ def encode_stage(
         ValueError: the folder holds other codes, cannot be written to, or the disk is too small.
         Interrupted: a signal came; parts that are whole are kept.
     """
-    interruption = interruption or Interruption()
+    signal_handler = signal_handler or SignalHandler()
     with quiet():
         runner = trainer(
             strategy="auto",  # each process has the whole tokenizer
@@ -170,8 +169,8 @@ def encode_stage(
             use_distributed_sampler=False,
         )
         own_signals(runner)
-        with interruption.held():
-            module = Encoding(tokenizer, datamodule, cache, batch_size, interruption)
+        with signal_handler.deferred():
+            module = Encoding(tokenizer, datamodule, cache, batch_size, signal_handler)
             runner.validate(module, dataloaders=[], verbose=False)
     datamodule.codes = cache
 
@@ -185,21 +184,21 @@ class Encoding(L.LightningModule):
         datamodule: ImageDataModule,
         cache: TokenCache,
         batch_size: int,
-        interruption: Interruption,
+        signal_handler: SignalHandler,
     ):
         super().__init__()
         self.work = tokenizer, datamodule, cache, batch_size  # in a tuple: no submodule
-        self.datamodule, self.interruption = datamodule, interruption
+        self.datamodule, self.signal_handler = datamodule, signal_handler
 
     def setup(self, stage: str) -> None:
         device = self.trainer.strategy.root_device
         self.datamodule.trainer = self.trainer
 
-        def stop_if_asked() -> None:
-            if number := max_over_ranks(self.interruption.noted or 0, device):
+        def stop_if_requested() -> None:
+            if number := all_reduce_max(self.signal_handler.received or 0, device):
                 raise Interrupted(number)
 
-        encode(*self.work, device=device, on_batch=stop_if_asked)
+        encode(*self.work, device=device, on_batch=stop_if_requested)
 
     def validation_step(self, *_: Any) -> None:
         """Asked for by Lightning, and never called."""
@@ -219,7 +218,7 @@ def encode(
         on_batch: called by all processes equally often.
     """
     cache.check()
-    if is_first():
+    if is_main_process():
         cache.begin()
     barrier()
     missing = missing_parts(cache, device)
@@ -228,7 +227,7 @@ def encode(
         shares = [missing[first :: world_size()] for first in range(world_size())]
         write_parts(tokenizer, datamodule, cache, shares, batch_size, device, on_batch)
     barrier()
-    if is_first() and (missing or not cache.is_complete()):
+    if is_main_process() and (missing or not cache.is_complete()):
         cache.finish()
     barrier()
 
@@ -265,9 +264,9 @@ def write_parts(
 def missing_parts(cache: TokenCache, device: torch.device) -> list[Part]:
     """What the first process finds missing or damaged, in all processes."""
     parts = cache.parts()
-    found = set(cache.missing(say)) if is_first() else set()
+    found = set(cache.missing(say)) if is_main_process() else set()
     flags = torch.tensor([part in found for part in parts], dtype=torch.int32, device=device)
-    return [part for part, flag in zip(parts, from_first(flags).tolist(), strict=True) if flag]
+    return [part for part, flag in zip(parts, broadcast(flags).tolist(), strict=True) if flag]
 
 
 def announce(cache: TokenCache, missing: Sequence[Part]) -> None:
@@ -284,7 +283,7 @@ def announce(cache: TokenCache, missing: Sequence[Part]) -> None:
 
 
 def say(line: str) -> None:
-    if is_first():
+    if is_main_process():
         print(line, file=sys.stderr, flush=True)
 
 
@@ -324,7 +323,7 @@ class Progress:
     def __init__(self, total: int):
         self.total, self.done = total, 0
         self.started, self.reported = time.monotonic(), 0.0
-        hidden = None if is_first() else True  # None: where there is no terminal
+        hidden = None if is_main_process() else True  # None: where there is no terminal
         self.bar = tqdm(total=total, desc="tokens", unit="image", leave=False, disable=hidden)
 
     def add(self, count: int) -> None:

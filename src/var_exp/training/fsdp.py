@@ -31,7 +31,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from var_exp.distributed.collectives import from_first, is_first, sum_over_ranks, world_size
+from var_exp.distributed.collectives import all_reduce_sum, broadcast, is_main_process, world_size
 from var_exp.ops.upsampling import Upsample
 from var_exp.tokenizer.autoencoder import Downsample, ResidualBlock, SpatialAttention
 from var_exp.transformer.attention import SelfAttention
@@ -166,7 +166,7 @@ def shard(
     network.to(device)
     # All start like the first. One tensor after another: the whole may not fit on the device.
     for tensor in (*shards.parameters(), *shards.buffers()):
-        tensor.data.copy_(from_first(tensor.detach().to(device, copy=True)))
+        tensor.data.copy_(broadcast(tensor.detach().to(device, copy=True)))
     for unit in list(shards.modules()):
         if isinstance(unit, UNITS):
             fully_shard(unit, mesh=mesh)
@@ -225,7 +225,7 @@ def gathered(tree: Any) -> Any:
     if not isinstance(tree, DTensor):
         return tree
     whole = tree.detach().full_tensor()
-    return whole.cpu() if is_first() else None
+    return whole.cpu() if is_main_process() else None
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -240,7 +240,7 @@ def average_whole_gradients(parameters: Iterable[Tensor]) -> None:
     """Average the gradients of those that are not sharded over the processes, in one message."""
     grads = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
     if grads:
-        means = sum_over_ranks(torch.cat([grad.flatten() for grad in grads])) / world_size()
+        means = all_reduce_sum(torch.cat([grad.flatten() for grad in grads])) / world_size()
         for grad, mean in zip(grads, means.split([g.numel() for g in grads]), strict=True):
             grad.copy_(mean.view_as(grad))
 

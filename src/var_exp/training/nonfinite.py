@@ -52,7 +52,7 @@ class SkippedBatches:
                 f"{self.stage}: {self.in_a_row} batches in a row had no finite gradient, the last "
                 f"was batch {batch} with the loss {loss.item():g}; their images are listed in "
                 f"{path}: look at them, lower the learning rate "
-                f"(model.{self.stage}.module.optimizer.lr), or go on from the last checkpoint in "
+                f"(model.{self.stage}.optimizer.lr), or go on from the last checkpoint in "
                 f"float32 (trainer.precision=32-true)"
             )
         return (

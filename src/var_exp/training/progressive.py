@@ -46,14 +46,14 @@ class ProgressiveScales:
         if self.first > num_scales:
             raise ValueError(
                 f"progressive: first is {self.first}, but there are {num_scales} scales "
-                f"(model.var.module.progressive.first)"
+                f"(model.var.progressive.first)"
             )
         reached = self((num_batches - 1) / num_batches, num_scales).num_scales
         if reached < num_scales:
             raise ValueError(
                 f"progressive: the last scale would never be trained: at the last of "
                 f"{num_batches} batches {reached} of {num_scales} scales are in; lower until="
-                f"{self.until} or train longer (model.var.module.progressive.until)"
+                f"{self.until} or train longer (model.var.progressive.until)"
             )
 
     def __call__(self, progress: float, num_scales: int) -> ScalesInTraining:

@@ -18,7 +18,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from var_exp.configurable import Fraction, VocabSize, Weight, checked, recorded
+from var_exp.configurable import Fraction, VocabSize, Weight, checked, register_config
 from var_exp.ops.attention import AUTO, Attend, attend_whole
 from var_exp.ops.linear import Linear
 from var_exp.scales import ScaleSchedule, Side
@@ -66,14 +66,16 @@ class Computing(NamedTuple):
     """
 
     attention: str = AUTO
-    recompute: float = 0.0
+    activation_checkpointing: float = 0.0
     call: Callable[..., Tensor] = call_block
     scale_calls: tuple[Callable[..., Tensor], ...] = ()
     caches: dict[tuple[Any, ...], KVCache] | None = None
 
     def recomputes(self, block: int) -> bool:
         """Whether the block of that number, from 0, is computed anew."""
-        return int((block + 1) * self.recompute) > int(block * self.recompute)
+        return int((block + 1) * self.activation_checkpointing) > int(
+            block * self.activation_checkpointing
+        )
 
 
 class Condition(NamedTuple):
@@ -91,7 +93,7 @@ class Condition(NamedTuple):
 Depth = Annotated[int, Ge(1), Le(1000)]
 
 
-@recorded
+@register_config
 class VAR(nn.Module):
     """The next-scale transformer, with the paper's or GPT-2's blocks.
 

@@ -32,10 +32,10 @@ class Shards(EncodedSource):
     """Images of a folder of tar shards with an index.
 
     root:    the folder
-    buffer:  images that are shuffled with each other at a time, over all ranks; a set that is no
-             larger is shuffled as a whole
-    lanes:   shards that are read side by side, over all ranks; with 1, 2, 4 ... lanes ranks, each
-             reads shards of its own
+    shuffle_buffer: images that are shuffled with each other at a time, over all ranks; a set that
+             is not larger is shuffled as a whole
+    num_streams: shards that are read side by side, over all ranks; with 1, 2, 4 ... num_streams
+             ranks, each reads shards of its own
     options: those of `EncodedSource`
     """
 
@@ -44,13 +44,13 @@ class Shards(EncodedSource):
         self,
         root: str | None,
         name: str = "shards",
-        buffer: PositiveInt = 65536,
-        lanes: PositiveInt = 64,
+        shuffle_buffer: PositiveInt = 65536,
+        num_streams: PositiveInt = 64,
         **options,
     ):
         super().__init__(name, **options)
         self.root = root
-        self.buffer, self.lanes = buffer, lanes
+        self.shuffle_buffer, self.num_streams = shuffle_buffer, num_streams
 
     def prepare(self) -> None:
         if self.root is None or not Path(self.root).is_dir():
@@ -90,7 +90,7 @@ class Shards(EncodedSource):
         )
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        return block_order(self.train.shard, self.buffer, self.lanes, seed, epoch)
+        return block_order(self.train.shard, self.shuffle_buffer, self.num_streams, seed, epoch)
 
 
 class ShardImages(EncodedImages):

@@ -204,7 +204,7 @@ def files_in(folder: Path, key: Mapping[str, Any]) -> Parts:
     return Parts(folder, RECORD, {"key": key}, NAMES, "tokens", REMEDY)
 
 
-def forget_codes(folder: Path) -> None:
+def delete_codes(folder: Path) -> None:
     """Delete the codes in a folder that a record says are ours, and the folder if it is empty."""
     files_in(folder, {}).remove()
 

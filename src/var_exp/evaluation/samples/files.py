@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from var_exp.io import npz
-from var_exp.io.files import replacing
+from var_exp.io.files import atomic_write
 from var_exp.io.npz import NpzError
 
 THREADS = min(8, os.cpu_count() or 1)  # that write and read PNG files
@@ -78,7 +78,7 @@ def write_npz(
         pixels: uint8 arrays (n, H, W, C), N images in all.
         labels: (N,).
     """
-    with replacing(path) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
+    with atomic_write(path) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
         _write_array(archive, "arr_0.npy", tuple(shape), np.dtype(np.uint8), pixels)
         _write_array(archive, "arr_1.npy", labels.shape, labels.dtype, [labels])
 

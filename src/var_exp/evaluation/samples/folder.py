@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from var_exp.evaluation.samples.files import is_whole_png
-from var_exp.io.files import replacing
+from var_exp.io.files import atomic_write
 from var_exp.io.parts import Parts
-from var_exp.io.run_folder import forget_scores, read_figures
+from var_exp.io.run_folder import delete_scores, read_figures
 
 NUMBERED = re.compile(r"(\d{6,})\.png")
 BATCHES = re.compile(r"(\d{6,})-(\d{6,})\.npz")
@@ -84,7 +84,7 @@ class SampleFolder:
             if i >= self.num_samples or not is_whole_png(path):
                 path.unlink()
         content = {"plan": self.plan, "num_samples": self.num_samples}
-        with replacing(self.plan_file) as unfinished:
+        with atomic_write(self.plan_file) as unfinished:
             unfinished.write_text(json.dumps(content) + "\n")
         return line
 
@@ -115,4 +115,4 @@ class SampleFolder:
         """Delete what speaks of all samples, but for pixels."""
         self.grid.unlink(missing_ok=True)
         self.strip.unlink(missing_ok=True)
-        forget_scores(self.folder / "metrics.json")
+        delete_scores(self.folder / "metrics.json")

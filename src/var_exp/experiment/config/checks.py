@@ -48,10 +48,10 @@ def check_stages(cfg: DictConfig) -> None:
 def check_tokens(cfg: DictConfig) -> None:
     if cfg.tokens.dir is not None:
         check_writable(Path(cfg.tokens.dir), "tokens.dir")
-    corrupt = cfg.model.var.module.get("corrupt", 0)
+    corrupt = cfg.model.var.get("self_correction_prob", 0)
     if "tokens" in cfg.stages and corrupt > 0:
         raise ValueError(
-            f"tokens: model.var.module.corrupt={corrupt} chooses codes anew, which takes the "
+            f"tokens: model.var.self_correction_prob={corrupt} chooses codes anew, which takes the "
             f"images; set it to 0, or leave tokens out of stages, now {list(cfg.stages)}"
         )
 
@@ -92,11 +92,11 @@ def check_objective(cfg: DictConfig) -> None:
 
 
 def check_frozen(cfg: DictConfig) -> None:
-    frozen = cfg.model.tokenizer.module.freeze if "tokenizer" in cfg.stages else None
+    frozen = cfg.model.tokenizer.freeze if "tokenizer" in cfg.stages else None
     if frozen and not cfg.init_from:
         raise ValueError(
             f"model.tokenizer: freeze {list(frozen)} would keep what nobody trained; name what it "
-            f"starts from (init_from=PATH), or freeze nothing (model.tokenizer.module.freeze=[])"
+            f"starts from (init_from=PATH), or freeze nothing (model.tokenizer.freeze=[])"
         )
 
 

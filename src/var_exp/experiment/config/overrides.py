@@ -4,7 +4,7 @@ import difflib
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,20 @@ from omegaconf import OmegaConf
 
 CONF = Path(__file__).resolve().parents[4] / "conf"
 
+# Keys of earlier versions: pattern, and what it is called now.
+RENAMED = (
+    (r"^(model\.\w+)\.module\b", r"\1"),
+    (r"^(model\.\w+)\.average_decay$", r"\1.ema_decay"),
+    (r"^(model\.\w+)\.micro_batch$", r"\1.micro_batch_size"),
+    (r"^model\.var\.label_drop$", "model.var.class_dropout_prob"),
+    (r"^model\.var\.corrupt$", "model.var.self_correction_prob"),
+    (r"^model\.var\.recompute$", "model.var.activation_checkpointing"),
+    (r"^tokenizer\.quantizer\.scale_drop\b", "tokenizer.quantizer.quantizer_dropout"),
+    (r"^tokenizer\.quantizer\.scale_drop_from$", "tokenizer.quantizer.quantizer_dropout_from"),
+    (r"^data\.buffer$", "data.shuffle_buffer"),
+    (r"^data\.lanes$", "data.num_streams"),
+    (r"^recipe$", "data"),
+)
 PLAIN = re.compile(r"(?!(true|false|null|nan|inf)$)[a-z_./][\w./-]*", re.ASCII | re.IGNORECASE)
 
 
@@ -56,6 +70,41 @@ def shape_of_job(config_name: str, arguments: list[str]) -> list[object]:
 
 def config_groups() -> set[str]:
     return {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")} - {"."}
+
+
+def current_name(key: str) -> str:
+    """Return what a key of this or an earlier version is called now."""
+    for pattern, name in RENAMED:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def check_renamed(arguments: list[str]) -> None:
+    """End where a key has another name since this version."""
+    for argument in arguments:
+        key, equals, _ = argument.lstrip("+~").partition("=")
+        if not argument.startswith("-") and (name := current_name(key)) != key:
+            sys.exit(f"error: {key}: is now called {name}")
+
+
+def with_current_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration that an earlier version recorded, as this one writes it."""
+    found: dict[str, Any] = {}
+    for key, value in _leaves(config):
+        *parents, last = current_name(key).split(".")
+        tree = found
+        for name in parents:
+            tree = tree.setdefault(name, {})
+        tree[last] = value
+    return found
+
+
+def _leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def check_groups(arguments: list[str]) -> None:

@@ -90,14 +90,13 @@ class Evaluation:
 
 @dataclass
 class Stage:
-    """How long a stage trains; lengths are in global batches."""
+    """How long a stage trains, in global batches; the other keys are arguments of its module."""
 
     batch_size: BatchSize = doc("Images of a batch, over all devices.")
     num_batches: PositiveInt | None = doc("Length of the stage; null where epochs is given.")
     epochs: PositiveFloat | None = doc("Length of the stage in epochs, in place of num_batches.")
     val_every: PositiveInt = doc("Batches between validations.")
     save_every: PositiveInt | None = doc("Batches between checkpoints besides validations'.")
-    module: Part = doc("The stage's LightningModule, with its loss, optimizer and schedule.")
 
 
 @dataclass

@@ -64,7 +64,8 @@ def values(tree: Any, hint: Any, variables: set[str], key: str = "") -> Iterator
     inside: Mapping[str, Any] = {}
     if dataclasses.is_dataclass(hint) and isinstance(tree, dict):
         inside = typing.get_type_hints(hint, include_extras=True)
-        check_names(tree, inside, variables, key, "there is no such key")
+        if TARGET not in tree:
+            check_names(tree, inside, variables, key, "there is no such key")
         if missing := [name for name in inside if name not in tree]:
             raise ValueError(f"{key}.{missing[0]}: is missing".lstrip("."))
     elif isinstance(tree, dict) and typing.get_origin(hint) is dict:
@@ -73,7 +74,8 @@ def values(tree: Any, hint: Any, variables: set[str], key: str = "") -> Iterator
     if key:
         yield key, tree, dict if dataclasses.is_dataclass(hint) else hint
     if isinstance(tree, dict) and TARGET in tree:
-        inside = arguments(tree, key)
+        own = {name: value for name, value in tree.items() if name not in inside}
+        inside = {**inside, **arguments(own, key)}
     for name, value in children(tree):
         where = f"{key}[{name}]" if isinstance(tree, list) else f"{key}.{name}".lstrip(".")
         yield from values(value, inside.get(name, Any), variables, where)

@@ -18,7 +18,7 @@ from var_exp.data import ImageSource
 from var_exp.data.workers import number_of_workers
 from var_exp.experiment import build
 from var_exp.experiment.config.checks import CHOICES
-from var_exp.experiment.preflight.images import Looked, balance_of, look
+from var_exp.experiment.preflight.images import ImageScan, balance_of, look
 from var_exp.experiment.preflight.report import Findings, balance_row, looked_row
 from var_exp.experiment.preflight.resources import (
     KEPT,
@@ -177,7 +177,7 @@ def check_images(cfg: DictConfig, source: ImageSource, found: Findings) -> None:
     print(table(f"images: {source.name}", rows), end="\n\n", flush=True)
 
 
-def tell_looks(source: ImageSource, part: str, looked: Looked, found: Findings) -> None:
+def tell_looks(source: ImageSource, part: str, looked: ImageScan, found: Findings) -> None:
     if problems := looked.problems:
         found.error(f"data: {len(problems)} {part} images cannot be used; {problems[0]}")
     sizes = [look.size for look in looked.looks if look.size]

@@ -155,7 +155,7 @@ def rehearse(
         precision: "bf16-mixed" or "32-true".
         accelerator: "cpu", or anything else for the precisions of a GPU.
     """
-    size = min(share, module.micro_batch or share)
+    size = min(share, module.micro_batch_size or share)
     module = copy.deepcopy(module)
     with FakeTensorMode(allow_non_fake_inputs=True):
         module.to_empty(device="cpu")
@@ -219,7 +219,7 @@ def stand_alone(module: StageModule, backward: Callable[[Tensor], None]) -> None
         "turn": lambda optimizer, last: module.toggled_optimizer(optimizer),
         "manual_backward": backward,
         "step": step,
-        "conclude_batch": lambda *_: None,
+        "log_step": lambda *_: None,
         "log": lambda *_, **__: None,
     }
     for name, function in instead.items():

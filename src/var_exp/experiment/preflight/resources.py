@@ -88,7 +88,7 @@ class Parameters(NamedTuple):
     frozen: int
 
 
-class Needs(NamedTuple):
+class MemoryEstimate(NamedTuple):
     """Bytes.
 
     Of one device: weights of the network in training, its average, moments of the optimizers,
@@ -121,7 +121,7 @@ class Needs(NamedTuple):
     def validation(self) -> int:
         return self.steady + self.sampling + self.whole
 
-    def shared(self, devices: Devices) -> "Needs":
+    def shared(self, devices: Devices) -> "MemoryEstimate":
         """Of each of these devices, where this is of one that is alone."""
         n = devices.shards
         gradients = self.gradients // n + (self.gradients if devices.buckets else 0)
@@ -155,7 +155,7 @@ def ready(module: StageModule) -> StageModule:
     return module
 
 
-def needs_of(
+def estimate_memory(
     module: StageModule,
     *,
     image_shape: Sequence[int],
@@ -164,7 +164,7 @@ def needs_of(
     samples: int,
     precision: str,
     accelerator: str,
-) -> Needs:
+) -> MemoryEstimate:
     """What a stage needs on one device that is alone.
 
     Args:
@@ -176,11 +176,11 @@ def needs_of(
     optimizers = as_list(module.configure_optimizers())
     trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     weights, gradients = size_of([module.network]), bytes_of(trained)
-    average = size_of([getattr(module, module.average_name)]) if module.average_decay > 0 else 0
+    average = size_of([getattr(module, module.average_name)]) if module.ema_decay > 0 else 0
     rehearsed = rehearse(module, image_shape, share, num_batches, precision, accelerator)
     moments = sum(moments_of(optimizer) for optimizer in optimizers)
     others = size_of([module]) - weights - average + size_of(hidden_networks(module))
-    return Needs(
+    return MemoryEstimate(
         weights=weights,
         average=average,
         moments=moments,

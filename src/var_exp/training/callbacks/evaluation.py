@@ -74,11 +74,11 @@ class EvaluationCallback(Callback):
         if self.evaluated_at == step(trainer) + 1:
             return
 
-        def stop_if_asked() -> None:
-            trainer.checkpoint_callback.stop_if_asked(trainer)
+        def stop_if_requested() -> None:
+            trainer.checkpoint_callback.stop_if_requested(trainer)
 
-        stop_if_asked()  # pictures do not look at signals
-        self.evaluator.on_batch = stop_if_asked
+        stop_if_requested()  # pictures do not look at signals
+        self.evaluator.on_batch = stop_if_requested
         with module.whole():
             self.evaluate(trainer, module)
         self.evaluator.on_batch = lambda: None
@@ -175,7 +175,7 @@ class Scores(EvaluationCallback):
 
     def evaluate(self, trainer: L.Trainer, module: StageModule) -> None:
         figures = {}  # of both, or an interruption between them would log the first ones twice
-        for suffix, network in module.both.items():
+        for suffix, network in module.weight_variants.items():
             if suffix == "" or self.both_weights:
                 found = self.score(network, module)
                 figures |= {f"{name}{suffix}": value for name, value in found.items()}
