@@ -7,6 +7,11 @@ temporaries included. Operators are those of CPUs, with the precisions that auto
 where there is to be one. Not in it: what a GPU's allocator rounds up, its context, the workspaces
 of its convolutions, the optimizer's own temporaries. Attention with dropout is counted as on CPUs,
 where all its weights are kept.
+
+Torch's `MemTracker` does not serve: it hooks the gradient of every parameter of a module that runs
+forward, which raises for frozen ones ("cannot register a hook on a tensor that doesn't require
+gradient", torch 2.14: the tokenizer of stage two, each network of stage one in the other's turn),
+and it does not say what autograd keeps.
 """
 
 import contextlib
