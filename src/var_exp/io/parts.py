@@ -66,7 +66,7 @@ class Parts:
             ):
                 return content
             reason = "is not a record of this program"
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             if not self.present():
                 return None
             reason = f"is missing, so it is not known whose {self.present()[0]} is"
