@@ -123,7 +123,8 @@ def module(model: DictConfig, networks: Mapping[str, nn.Module]) -> StageModule:
         model: its part of the configuration, such as `cfg.model.var`.
         networks: of the stage, by argument.
     """
-    own = OmegaConf.masked_copy(model, [key for key in model if key not in SCHEDULE])
+    values = OmegaConf.to_container(model, resolve=True)
+    own = {key: value for key, value in values.items() if key not in SCHEDULE}
     return instantiate(own, _partial_=True, _convert_="all")(**networks)
 
 

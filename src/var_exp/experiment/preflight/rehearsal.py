@@ -221,7 +221,7 @@ def stand_alone(module: StageModule, backward: Callable[[Tensor], None]) -> None
 
     instead = {
         "optimizers": lambda **_: optimizers if len(optimizers) > 1 else optimizers[0],
-        "turn": lambda optimizer, last: module.toggled_optimizer(optimizer),
+        "toggled": lambda optimizer, last: module.toggled_optimizer(optimizer),
         "manual_backward": backward,
         "step": step,
         "log_step": lambda *_: None,
