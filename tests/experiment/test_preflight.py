@@ -121,25 +121,20 @@ def test_every_mistake_of_a_job_is_found_in_one_run(images, tmp_path, monkeypatc
         tmp_path,
         *FOLDER,
         f"data.root={images}",
-        "sampling.top_p=2",
         "trainer.precision=16-true",
         "objective=none/loss",
         "evaluation=inception",
         "evaluation.reference=nowhere.npz",
-        "evaluation.num_samples=1",
         "adversary=dino",
         "model.tokenizer.loss.lpips=1",
         "+model.tokenizer.loss.perceptual._target_=var_exp.tokenizer.lpips.LPIPS",
         "transformer.num_heads=3",
-        "model.var.class_dropout_prob=2",
     )
     errors, warnings = said(done, "error"), said(done, "warning")
     assert done.code == 1
     for named in (
-        ["top_p", "got 2"],
         ["trainer.precision", "'16-true'"],
         ["objective", "'none/loss'"],
-        ["evaluation", "num_samples", "1"],
         ["evaluation.reference", "nowhere.npz"],
         ["Inception", "weights-inception", "is missing", "evaluation.weights=PATH"],
         ["VGG", "vgg16", "is missing", "loss.perceptual.weights=PATH"],
@@ -154,6 +149,16 @@ def test_every_mistake_of_a_job_is_found_in_one_run(images, tmp_path, monkeypatc
     assert_one(warnings, "this machine has 3 GPUs", "CPU")
     assert_one(warnings, "classes are uneven", "(dogs)", "(cats)")
     assert f"{len(errors)} errors, {len(warnings)} warnings" in done.out
+
+
+def test_values_out_of_range_are_all_named_before_anything_else_is_looked_at(tmp_path):
+    done = run(
+        *("train", "check=true", f"runs_dir={tmp_path}", "evaluation.num_samples=1"),
+        *("sampling.top_p=2", "model.var.class_dropout_prob=2"),
+    )
+    (line,) = done.err.splitlines()
+    for named in ("evaluation.num_samples: ", "sampling.top_p: ", "module.class_dropout_prob: "):
+        assert named in line and done.code == 1
 
 
 @pytest.mark.parametrize(
@@ -207,7 +212,7 @@ def test_a_trainer_for_gpus_is_checked_where_there_are_none(tmp_path, monkeypatc
 
 def test_an_unknown_kind_of_check_is_refused(tmp_path):
     done = run("train", "check=some", f"runs_dir={tmp_path}/runs", *QUICK)
-    assert done.code == 1 and "false, true or all, got 'some'" in done.err
+    assert done.code == 1 and "expected true or false or 'all', got 'some'" in done.err
     assert not list(tmp_path.rglob("digits"))
 
 

@@ -152,10 +152,21 @@ def test_the_schema_has_the_very_keys_of_the_files_and_a_sentence_for_each(progr
 
 def test_a_value_that_is_written_elsewhere_is_named_by_both_keys():
     cfg = OmegaConf.create(OmegaConf.to_container(composed("train"), resolve=False))
-    cfg.evaluation.num_reconstructions_val = "yes"
-    told = r"callbacks.tokenizer.scores.num_images = \$\{evaluation.num_reconstructions_val\}: "
+    cfg.mine = "yes"
+    cfg.callbacks.tokenizer.scores.num_images = "${mine}"
+    told = r"^callbacks.tokenizer.scores.num_images = \$\{mine\}: "
     with pytest.raises(ValueError, match=told):
         check_types(cfg)
+
+
+def test_all_wrong_values_are_named_at_once_and_not_what_is_taken_from_them():
+    with pytest.raises(ValueError) as refused:
+        check_types(changed("train", "evaluation.num_samples_val=1", "transformer.dropout=1"))
+    first, second = str(refused.value).split("; ")
+    assert {first.partition(":")[0], second.partition(":")[0]} == {
+        "evaluation.num_samples_val",
+        "transformer.dropout",
+    }
 
 
 @pytest.mark.parametrize(

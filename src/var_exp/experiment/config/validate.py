@@ -31,7 +31,7 @@ OF_HYDRA = {TARGET: str, "_partial_": bool, "_convert_": str, "_recursive_": boo
 
 
 def check_types(cfg: DictConfig) -> None:
-    """Raise ValueError for a wrong configuration, in one line that names the key.
+    """Raise ValueError for a wrong configuration, in one line that names each key.
 
     Raises:
         ValueError: a value of another type or outside its range, a key or argument that nobody
@@ -47,11 +47,26 @@ def check_types(cfg: DictConfig) -> None:
         raise
     variables = {name for text in texts(written) for name in re.findall(r"\$\{([\w.]+)", text)}
     schema = SampleConfig if "out_dir" in tree else TrainConfig
-    for key, value, hint in values(tree, schema, variables):
-        try:
-            check_value(key + source_of(written, key), value, of_yaml(hint), in_yaml)
-        except PydanticUserError:  # an annotation that pydantic cannot read
-            continue
+    wrong = []
+    try:
+        for key, value, hint in values(tree, schema, variables):
+            wrong += mistakes(key + source_of(written, key), value, hint)
+    except ValueError as error:  # a key or part that nobody knows, nor what comes behind it
+        wrong.append(str(error))
+    if wrong:
+        # What is taken from a wrong value is wrong, too; where it is known, the value says enough.
+        raise ValueError("; ".join([w for w in wrong if " = ${" not in w] or wrong[:1]))
+
+
+def mistakes(key: str, value: Any, hint: Any) -> list[str]:
+    """What is wrong with one value, if something is."""
+    try:
+        check_value(key, value, of_yaml(hint), in_yaml)
+    except PydanticUserError:  # an annotation that pydantic cannot read
+        return []
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def values(tree: Any, hint: Any, variables: set[str], key: str = "") -> Iterator[tuple]:
