@@ -86,8 +86,8 @@ def test_on_a_gpu_no_way_of_attending_keeps_its_weights():
         module = module_of("var", dropout=0.0, attention=attention)
         return rehearse(module, SHAPE, 12, NUM_BATCHES, "bf16-mixed", accelerator).kept
 
-    (on_gpu,) = {kept(attention, "gpu") for attention in ("auto", "mask", "segments", "flex")}
-    assert on_gpu == kept("mask", "cpu") < kept("segments", "cpu")
+    (on_gpu,) = {kept(attention, "gpu") for attention in ("auto", "mask", "per_scale", "flex")}
+    assert on_gpu == kept("mask", "cpu") < kept("per_scale", "cpu")
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "gpu"])

@@ -188,7 +188,7 @@ def test_every_option_of_the_transformers_training_is_one_override(tmp_path):
         *("model.var.label_smoothing=0.1", "model.var.scale_weights=[4,3,2,1]"),
         *("stages=[tokenizer,var]", "model.var.self_correction_prob=0.2"),  # which takes images
         *("model.var.micro_batch_size=8", "model.var.recompute=0.5"),
-        *("model.var.attention=segments", "model.var.optimizer.fused=false"),
+        *("model.var.attention=per_scale", "model.var.optimizer.fused=false"),
         *("model.var.final_weight_decay=0.08", "transformer.rope=true"),
         *("transformer.mlp=swiglu", "transformer.norm=rms", "model.var.weights=raw"),
         *("model.var.scaling_law=true", "+expected={var/loss:[4.0,5.0]}"),

@@ -1,7 +1,7 @@
 """The multi-scale VQ tokenizer: images to token maps and back.
 
 VAR (arXiv 2404.02905, section 3.2): a VQGAN autoencoder around the multi-scale residual
-quantizer. Frozen, it is the language in which the next-scale transformer reads and writes.
+quantizer. Frozen, it makes the tokens that the next-scale transformer predicts.
 
     B batch, K scales, (h_k, w_k) sides of scale k, D code dimension, images (B, C, H, W) in [-1, 1]
 """
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from var_exp.configurable import register_config
 from var_exp.io.fingerprint import fingerprint
-from var_exp.ops.convolution import Conv3x3
 from var_exp.scales import ScaleSchedule
 from var_exp.tokenizer.autoencoder import Decoder, Encoder
 from var_exp.tokenizer.quantizer import MultiScaleQuantizer
@@ -53,8 +52,9 @@ class VQVAE(nn.Module):
                 f"{decoder.stride} (tokenizer.*.patch_size, tokenizer.*.multipliers)"
             )
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
-        self.quant_conv = Conv3x3(quantizer.code_dim, quantizer.code_dim)
-        self.post_quant_conv = Conv3x3(quantizer.code_dim, quantizer.code_dim)
+        d = quantizer.code_dim
+        self.quant_conv = nn.Conv2d(d, d, kernel_size=3, padding=1)
+        self.post_quant_conv = nn.Conv2d(d, d, kernel_size=3, padding=1)
 
     @property
     def schedule(self) -> ScaleSchedule:
@@ -108,9 +108,8 @@ class VQVAE(nn.Module):
         With `per_scale` a list of n images each: what is decoded after each scale.
         """
         sums = list(self.quantizer.partial_sums(indices))
-        images = [
-            self.to_images(f).float().clamp(-1, 1) for f in (sums if per_scale else sums[-1:])
-        ]
+        decoded = sums if per_scale else sums[-1:]
+        images = [self.to_images(f_hat).float().clamp(-1, 1) for f_hat in decoded]
         return images if per_scale else images[0]
 
     def fingerprint(self) -> str:

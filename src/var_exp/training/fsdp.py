@@ -32,8 +32,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from var_exp.distributed.collectives import all_reduce_sum, broadcast, is_main_process, world_size
-from var_exp.ops.upsampling import Upsample
-from var_exp.tokenizer.autoencoder import Downsample, ResidualBlock, SpatialAttention
+from var_exp.tokenizer.autoencoder import Downsample, ResidualBlock, SpatialAttention, Upsample
 from var_exp.transformer.attention import SelfAttention
 from var_exp.transformer.block import MLP, AdaLNBlock, SwiGLU
 

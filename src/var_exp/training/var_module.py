@@ -19,14 +19,14 @@ from var_exp.configurable import Fraction, Share, Weight, checked
 from var_exp.data import Batch, CodeBatch
 from var_exp.distributed.collectives import broadcast, scatter, world_size
 from var_exp.evaluation.evaluator import Evaluator
-from var_exp.ops.attention import AUTO, check_backend, chosen_backend
+from var_exp.ops.attention import AUTO, check_backend, resolve_backend
 from var_exp.sampling.generate import check_fit
 from var_exp.tokenizer import VQVAE
 from var_exp.training.module import MakeOptimizer, StageModule
 from var_exp.training.progressive import ProgressiveScales, ScalesInTraining
 from var_exp.training.scaling_law import against_law
 from var_exp.transformer import VAR
-from var_exp.transformer.var import Computing, call_block
+from var_exp.transformer.var import ExecutionOptions, call_block
 
 
 class Tokens(NamedTuple):
@@ -55,7 +55,7 @@ class VARModule(StageModule):
         scaling_law: log the loss against the paper's scaling law, which holds for the
             published tokenizer on ImageNet.
         attention: how training attends, see `var_exp.ops.attention`.
-        recompute: see `var_exp.transformer.var.Computing`.
+        recompute: see `activation_checkpointing` of `var_exp.transformer.var.ExecutionOptions`.
         compile: compile the blocks, for which the first batch takes much longer.
         others: see `StageModule`.
 
@@ -89,7 +89,7 @@ class VARModule(StageModule):
         check_fit(transformer, tokenizer)
         check_backend(attention)
         self.transformer, self.tokenizer = transformer, tokenizer
-        self.transformer.computing = Computing(
+        self.transformer.execution = ExecutionOptions(
             attention,
             activation_checkpointing,
             torch.compile(call_block, dynamic=False) if compile else call_block,
@@ -124,9 +124,9 @@ class VARModule(StageModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        computing = self.transformer.computing
-        backend = chosen_backend(computing.attention, self.transformer.schedule.seq_len)
-        compiled = ", compiled at the first batch" if computing.call is not call_block else ""
+        options = self.transformer.execution
+        backend = resolve_backend(options.attention, self.transformer.schedule.seq_len)
+        compiled = ", compiled at the first batch" if options.call is not call_block else ""
         if compiled or backend != "mask":  # nothing to tell of the plain way
             self.print(f"{self.stage}: attention by {backend}{compiled}")
 

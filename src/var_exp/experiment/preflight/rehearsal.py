@@ -169,10 +169,10 @@ def rehearse(
     module.tokenizer.quantizer.started = torch.tensor(True)
     if accelerator != "cpu" and isinstance(module.network, VAR):
         # Blocks are recomputed within the backward pass, where the mode around it is off. No way
-        # of attending keeps its weights on a GPU; on a CPU segments do, a mask does not.
-        computing = module.network.computing
-        call = functools.partial(call_as_on_gpu, computing.call)
-        module.network.computing = computing._replace(call=call, attention="mask")
+        # of attending keeps its weights on a GPU; on a CPU attention per scale does, a mask does not.
+        execution = module.network.execution
+        call = functools.partial(call_as_on_gpu, execution.call)
+        module.network.execution = execution._replace(call=call, attention="mask")
     with contextlib.nullcontext() if accelerator == "cpu" else AsOnGPU():
         return last_step(module, images, num_batches, precision, continued=size < share)
 

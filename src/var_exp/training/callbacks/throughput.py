@@ -31,8 +31,7 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from var_exp.distributed.collectives import world_size
-from var_exp.ops import onednn
-from var_exp.ops.linear import linear
+from var_exp.ops.linear import ONEDNN_LINEAR, linear
 from var_exp.training.loggers.guarded import log_scalars
 from var_exp.training.module import StageModule
 
@@ -48,24 +47,10 @@ def linear_layer(x, weight, *_, out_shape=None, **__) -> int:
     return 2 * prod(x) * weight[0]
 
 
-def convolution(x, kernel, *_, out_shape=None, **__) -> int:
-    return 2 * prod(out_shape) * prod(kernel[1:])
-
-
-def pairs(query, key, *_, out_shape=None, **__) -> int:
-    return 2 * prod(query) * key[-2]
-
-
 # What CPUs compute by operators that torch's own table leaves out.
-LAYERS = {
-    onednn.LINEAR: linear_layer,
-    onednn.CONVOLUTION: convolution,
-    torch.ops.var_exp.products: pairs,
-}
-LAYERS.pop(None, None)  # of operators that this torch does not have
-FORMULAS: dict[Any, Callable[..., int]] = flop_counter.flop_registry | {
-    operator: flop_counter.shape_wrapper(formula) for operator, formula in LAYERS.items()
-}
+FORMULAS: dict[Any, Callable[..., int]] = dict(flop_counter.flop_registry)
+if ONEDNN_LINEAR is not None:
+    FORMULAS[ONEDNN_LINEAR] = flop_counter.shape_wrapper(linear_layer)
 attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 FORMULAS[attention] = flop_counter.sdpa_flop
