@@ -168,8 +168,8 @@ def rehearse(
     # Read as a number, and that of all networks but fresh ones: codebooks have started.
     module.tokenizer.quantizer.started = torch.tensor(True)
     if accelerator != "cpu" and isinstance(module.network, VAR):
-        # Blocks are recomputed within the backward pass, where the mode around it is off. No way
-        # of attending keeps its weights on a GPU; on a CPU attention per scale does, a mask does not.
+        # Blocks are recomputed within the backward pass, where the mode around it is off. On a GPU
+        # no way of attending keeps its weights; on a CPU attention per scale does, a mask does not.
         execution = module.network.execution
         call = functools.partial(call_as_on_gpu, execution.call)
         module.network.execution = execution._replace(call=call, attention="mask")
