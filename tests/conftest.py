@@ -1,5 +1,6 @@
 """What tests share: one thread, a fixed seed, two tiny networks, and one small finished run."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -91,5 +93,4 @@ def workplace(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "latest").symlink_to(trained)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("var_exp.evaluation.networks.classifier.NUM_STEPS", 3)
     return tmp_path

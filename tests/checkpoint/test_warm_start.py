@@ -315,9 +315,8 @@ STILL = [f"model.{stage}.optimizer.lr=0" for stage in ("tokenizer", "var")]
 
 
 @pytest.fixture
-def pictures(tmp_path, monkeypatch) -> Path:
+def pictures(tmp_path) -> Path:
     """A folder of images of three classes."""
-    monkeypatch.setattr("var_exp.evaluation.networks.classifier.NUM_STEPS", 3)
     for name in ("apples", "pears", "plums"):
         (tmp_path / "pictures" / name).mkdir(parents=True)
         for i in range(6):

@@ -347,7 +347,6 @@ def test_another_number_of_classes_than_expected_is_refused(packed):
 
 
 def test_a_training_on_shards_that_was_cut_off_goes_on_exactly(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr("var_exp.evaluation.networks.classifier.NUM_STEPS", 3)
     options = [
         *(
             "data=shards",

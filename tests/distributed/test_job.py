@@ -57,7 +57,7 @@ def test_a_set_whose_process_is_killed_ends_as_an_uninterrupted_one(
     whole, start, trained, tmp_path
 ):
     process = start(*SCORED)
-    wait_for(process, tmp_path / "out", "unfinished/seen_*/[0-9]*")
+    wait_for(process, tmp_path / "out", "unfinished/[0-9]*")
     process.kill()
     assert end(process)[0] == -signal.SIGKILL
     assert "metrics.json" not in left_in(tmp_path / "out")
@@ -102,7 +102,7 @@ def test_two_processes_of_which_one_is_told_to_stop_end_with_85_and_go_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["plan.json", "000021.png", "unfinished/seen_*/[0-9]*"])
+@pytest.mark.parametrize("pattern", ["plan.json", "000021.png", "unfinished/[0-9]*"])
 def test_a_set_of_two_processes_whose_first_is_killed_is_finished_by_two(
     pattern, whole, start, tmp_path
 ):

@@ -14,11 +14,6 @@ from helpers.command import QUICK, Finished, files, run, run_for_real
 from var_exp.checkpoint.checkpoint import KEY, read_checkpoint, write_checkpoint
 
 
-@pytest.fixture(autouse=True)
-def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("var_exp.evaluation.networks.classifier.NUM_STEPS", 3)
-
-
 def assert_refused(done: Finished, *named: str) -> None:
     """One line on standard error; each of `named` is in it."""
     assert done.code == 1

@@ -2,6 +2,7 @@
 built. The files are found, not listed: a new one is covered by being there."""
 
 from pathlib import Path
+from unittest import mock
 
 import lightning as L
 import pytest
@@ -61,7 +62,9 @@ def source_of(cfg: DictConfig) -> ImageSource:
 
 def build_networks(cfg: DictConfig) -> dict[str, StageModule]:
     """Tokenizer, transformer and the modules of both stages, as train.py makes them."""
-    with torch.device("meta"):  # whatever their size
+    draws = ("trunc_normal_", "kaiming_uniform_")
+    no_draws = mock.patch.multiple(nn.init, **dict.fromkeys(draws, mock.DEFAULT))
+    with torch.device("meta"), no_draws:  # whatever their size
         source = source_of(cfg)
         tokenizer = build.tokenizer(cfg, source, Run(Path("nowhere"), cfg))
         return build.modules(cfg, source, tokenizer)

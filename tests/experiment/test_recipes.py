@@ -14,12 +14,6 @@ from helpers.command import QUICK, run
 from var_exp.checkpoint.checkpoint import load_networks
 
 
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A classifier that is trained for moments: the scores mean nothing, but are there."""
-    monkeypatch.setattr("var_exp.evaluation.networks.classifier.NUM_STEPS", 3)
-
-
 def figures(folder: Path) -> dict[str, float]:
     return json.loads((folder / "metrics.json").read_text())
 
@@ -34,7 +28,9 @@ WIDE = [
 ]
 
 
-@pytest.mark.parametrize("block", ["adaln", "shared_adaln", "gpt2"])
+@pytest.mark.parametrize(
+    "block", ["adaln", *(pytest.param(b, marks=pytest.mark.slow) for b in ("shared_adaln", "gpt2"))]
+)
 def test_images_twice_as_wide_as_high_go_all_the_way(block, tmp_path):
     done = run("train", *WIDE, f"transformer.block={block}", *QUICK, *places(tmp_path))
     assert done.code == 0, done.err

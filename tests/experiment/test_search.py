@@ -226,9 +226,10 @@ def whole(tmp_path_factory):
     return folder
 
 
+@slow
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, *(pytest.param(n, marks=slow) for n in (*SIGNALS[1:], "Ctrl-C"))],
+    [*SIGNALS, "Ctrl-C"],
     ids=lambda n: getattr(n, "name", n),
 )
 def test_a_search_that_is_told_to_stop_lets_its_run_save_and_goes_on_exactly(

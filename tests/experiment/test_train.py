@@ -53,12 +53,6 @@ def with_classifier(folder: Path, trained: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A classifier that is trained for moments: the scores mean nothing, but are there."""
-    monkeypatch.setattr("var_exp.evaluation.networks.classifier.NUM_STEPS", 3)
-
-
 # -- the run folder -----------------------------------------------------------------------
 
 
@@ -267,7 +261,7 @@ FOLDER = [
 ]
 
 
-def test_image_folder_with_a_folder_for_each_class(tmp_path, hasty):
+def test_image_folder_with_a_folder_for_each_class(tmp_path):
     for name in ("apples", "pears", "plums"):
         write_images(tmp_path / "images" / name, 8)
     run_dir = tmp_path / "run"
@@ -282,7 +276,7 @@ def test_image_folder_with_a_folder_for_each_class(tmp_path, hasty):
     assert networks.tokenizer.encoder.config["in_channels"] == 3
 
 
-def test_image_folder_without_classes_trains_and_samples_without_classes(tmp_path, hasty):
+def test_image_folder_without_classes_trains_and_samples_without_classes(tmp_path):
     write_images(tmp_path / "images", 24)
     run_dir, out = tmp_path / "run", tmp_path / "out"
     options = [f"data.root={tmp_path}/images", f"run_dir={run_dir}", f"runs_dir={tmp_path}"]
@@ -299,7 +293,7 @@ def test_image_folder_without_classes_trains_and_samples_without_classes(tmp_pat
         assert saved["arr_0"].shape == (3, 32, 32, 3) and saved["arr_1"].tolist() == [0, 0, 0]
 
 
-def test_shapes_are_judged_from_pixels_without_a_network(tmp_path, hasty):
+def test_shapes_are_judged_from_pixels_without_a_network(tmp_path):
     run_dir = tmp_path / "run"
     small = ["data.num_train=96", "data.num_val=24", "evaluation.num_samples=12"]
     options = ["data=shapes", f"run_dir={run_dir}", f"runs_dir={tmp_path}"]
