@@ -256,7 +256,7 @@ def test_the_memory_is_in_the_state_dict():
 
 
 def test_two_processes_remember_what_one_does_with_the_whole_batch(tmp_path):
-    other = torch.multiprocessing.get_context("spawn").Process(
+    other = torch.multiprocessing.get_context("fork").Process(
         target=play_as_rank, args=(1, tmp_path)
     )
     other.start()
