@@ -76,3 +76,13 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(transformer_state(), folder / "var_d16.pth")
     torch.save(tokenizer_state(), folder / "vae_ch160v4096z32.pth")
     return folder
+
+
+@pytest.fixture
+def workplace(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which the default job has just run, as the documentation has it."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "latest").symlink_to(trained)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("var_exp.evaluation.networks.classifier.NUM_STEPS", 3)
+    return tmp_path
