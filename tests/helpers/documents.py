@@ -4,14 +4,14 @@ import re
 import shlex
 from pathlib import Path
 
-from helpers.command import QUICK, ROOT, Finished, run
+from helpers.command import ROOT, TINY, Finished, run
 
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [README, CONTRIBUTING, ROOT / "CHANGELOG.md", *PAGES]
 
 # A single batch of each stage; no command that is shown may fail however small it is.
-SMALL = [*QUICK, *(f"model.{stage}.num_batches=1" for stage in ("tokenizer", "var"))]
+SMALL = [*TINY, *(f"model.{stage}.num_batches=1" for stage in ("tokenizer", "var"))]
 SMALL_OF = {
     "data=shapes": ["data.num_train=96", "data.num_val=24"],
     "data=gratings": ["data.num_train=96", "data.num_val=24"],
@@ -71,4 +71,4 @@ def lacks_something(arguments: list[str]) -> bool:
 
 def run_small(arguments: list[str], *before: str) -> Finished:
     chosen = [option for name in arguments for option in SMALL_OF.get(name, [])]
-    return run("train", *before, *arguments, *SMALL, *chosen)
+    return run("train", *before, "logger=csv", *arguments, *SMALL, *chosen)
