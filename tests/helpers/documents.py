@@ -71,4 +71,6 @@ def lacks_something(arguments: list[str]) -> bool:
 
 def run_small(arguments: list[str], *before: str) -> Finished:
     chosen = [option for name in arguments for option in SMALL_OF.get(name, [])]
-    return run("train", *before, "logger=csv", *arguments, *SMALL, *chosen)
+    if not any(argument.startswith("logger=") for argument in arguments):
+        chosen.append("logger=csv")
+    return run("train", *before, *arguments, *SMALL, *chosen)
