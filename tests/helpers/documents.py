@@ -71,6 +71,10 @@ def lacks_something(arguments: list[str]) -> bool:
 
 def run_small(arguments: list[str], *before: str) -> Finished:
     chosen = [option for name in arguments for option in SMALL_OF.get(name, [])]
+    if any("progressive" in argument for argument in arguments):
+        chosen.append("model.var.num_batches=4")  # a batch for each number of scales
+    if any("epochs=" in argument for argument in arguments):
+        chosen += ["model.var.num_batches=null", "model.var.epochs=1", "model.var.batch_size=500"]
     if not any(argument.startswith("logger=") for argument in arguments):
         chosen.append("logger=csv")
     return run("train", *before, *arguments, *SMALL, *chosen)
