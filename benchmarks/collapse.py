@@ -59,7 +59,7 @@ SWITCHES = {
     "EMA codebook": ["tokenizer.quantizer.codebook._target_=var_exp.tokenizer.EMACodebook"],
     "restart of dead codes": ["tokenizer.quantizer.codebook.restart_below=0.03"],
     "cosine codes": ["tokenizer.quantizer.codebook.cosine=true"],
-    "quantizer dropout": ["tokenizer.quantizer.scale_drop=0.3"],
+    "quantizer dropout": ["tokenizer.quantizer.quantizer_dropout=0.3"],
     "entropy": ["tokenizer.quantizer.entropy=0.01", "tokenizer.quantizer.entropy_temperature=0.1"],
 }
 SWITCHES["k-means, EMA, restart"] = [

@@ -88,7 +88,7 @@ def write_parquet(folder: Path, root: Path) -> None:
 
 def sources(place: Path) -> dict[str, Callable[[], EncodedSource]]:
     size = {"image_size": SIZE}
-    parquet, near = str(place / "parquet"), {"buffer": BUFFER, "lanes": 8}
+    parquet, near = str(place / "parquet"), {"shuffle_buffer": BUFFER, "num_streams": 8}
     return {
         FOLDER: lambda: ImageFolder(str(place / "folder"), **size),
         "shards": lambda: Shards(str(place / "shards"), **size, **near),
@@ -193,7 +193,7 @@ def index_of_imagenet(place: Path) -> dict[str, float]:
         began = time.perf_counter()
         index = read_index(place)
         read = time.perf_counter()
-        block_order(index.rows["shard"], buffer=65536, lanes=64, seed=0, epoch=epoch)
+        block_order(index.rows["shard"], shuffle_buffer=65536, num_streams=64, seed=0, epoch=epoch)
         took["read_index"].append(read - began)
         took["order_of_an_epoch"].append(time.perf_counter() - read)
     size = (place / "index.npz").stat().st_size

@@ -34,7 +34,7 @@ from var_exp.experiment import build
 from var_exp.experiment.config.overrides import CONF
 from var_exp.experiment.run import Run
 from var_exp.io.environment import machine
-from var_exp.training.callbacks.throughput import Monitor
+from var_exp.training.callbacks.throughput import ThroughputMonitor
 from var_exp.training.fit import StageSchedule, fit_stage
 from var_exp.training.module import StageModule
 
@@ -70,8 +70,8 @@ class Alternate(Callback):
     def on_train_start(self, trainer, module: StageModule) -> None:
         # The first callback of all: the interval begins with what the others do.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]
-        self.monitor = next(c for c in trainer.callbacks if isinstance(c, Monitor))
-        self.profilers = {False: self.monitor.watched, True: trainer.profiler}
+        self.monitor = next(c for c in trainer.callbacks if isinstance(c, ThroughputMonitor))
+        self.profilers = {False: self.monitor.fetches.profiler, True: trainer.profiler}
         self.every = trainer.log_every_n_steps
         self.loggers = dict(zip(self.names, trainer.loggers, strict=True))
 

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.harness import RESULTS, markdown
 from var_exp.checkpoint.official.sizes import SCHEDULES
-from var_exp.experiment.preflight.resources import Devices, Needs, needs_of, ready
+from var_exp.experiment.preflight.resources import Devices, MemoryEstimate, estimate_memory, ready
 from var_exp.tokenizer import VQVAE, Codebook, Decoder, Encoder, MultiScaleQuantizer
 from var_exp.training import VARModule
 from var_exp.training.optim import LinearSchedule
@@ -43,7 +43,9 @@ STRATEGIES = {"ddp": Devices(8, 1, 1, True), "fsdp": Devices(8, 1, 8, False)}
 VOCAB_SIZE, CODE_DIM, WIDTH = 4096, 32, 160
 
 
-def make_module(image_size: int, depth: int, block: str, recompute: float) -> VARModule:
+def make_module(
+    image_size: int, depth: int, block: str, activation_checkpointing: float
+) -> VARModule:
     """Stage two of the published recipe, without content."""
     schedule = next(s for s in SCHEDULES if s.latent_size[0] * 16 == image_size)
     sizes = {"code_dim": CODE_DIM, "width": WIDTH}
@@ -56,14 +58,14 @@ def make_module(image_size: int, depth: int, block: str, recompute: float) -> VA
         tokenizer,
         partial(torch.optim.AdamW, lr=1e-4),
         LinearSchedule(),
-        average_decay=0.9999,
-        recompute=recompute,
+        ema_decay=0.9999,
+        activation_checkpointing=activation_checkpointing,
     )
 
 
-def needs_for(module: VARModule, image_size: int, images: int) -> Needs:
+def needs_for(module: VARModule, image_size: int, images: int) -> MemoryEstimate:
     """What so many images need on a GPU that is alone."""
-    return needs_of(
+    return estimate_memory(
         module,
         image_shape=(3, image_size, image_size),
         share=images,
@@ -77,12 +79,12 @@ def needs_for(module: VARModule, image_size: int, images: int) -> Needs:
 def rows_of(image_size: int, depth: int, block: str) -> list[dict[str, Any]]:
     """What fits, for each strategy and share of recomputed blocks."""
     rows = []
-    for recompute in RECOMPUTE:
-        module = ready(make_module(image_size, depth, block, recompute))
+    for activation_checkpointing in RECOMPUTE:
+        module = ready(make_module(image_size, depth, block, activation_checkpointing))
         needs = [needs_for(module, image_size, images) for images in IMAGES]
         for strategy, devices in STRATEGIES.items():
             total = [needed.shared(devices).training for needed in needs]
-            row = {"image_size": image_size, "depth": depth, "recompute": recompute}
+            row = {"image_size": image_size, "depth": depth, "recompute": activation_checkpointing}
             row |= {"strategy": strategy, "bytes": dict(zip(IMAGES, total, strict=True))}
             row["images"] = {f"{gb} GB": fitting(gb * 1e9 * (1 - RESERVE), total) for gb in GPUS}
             rows.append(row)

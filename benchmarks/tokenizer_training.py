@@ -17,7 +17,7 @@ from benchmarks.baseline import PlainPatchGAN, PlainTokenizer, PlainTokenizerTra
 from benchmarks.harness import Candidate, Unequal, check_close, in_precision, kept
 from benchmarks.limits import Work, counted, fewest_bytes
 from var_exp.tokenizer import VQVAE
-from var_exp.tokenizer.adversarial_loss import Adversary
+from var_exp.tokenizer.adversarial_loss import AdversarialLoss
 from var_exp.tokenizer.discriminator import PatchGAN
 from var_exp.tokenizer.losses import ReconstructionLoss
 from var_exp.training.fsdp import clip_gradients
@@ -38,7 +38,9 @@ STEPS = {"training step": False, "training step with a discriminator": True}
 class OurTokenizerTraining:
     """What `TokenizerModule` does in a step, without Lightning around it."""
 
-    def __init__(self, tokenizer: VQVAE, adversary: Adversary | None, precision: str = "fp32"):
+    def __init__(
+        self, tokenizer: VQVAE, adversary: AdversarialLoss | None, precision: str = "fp32"
+    ):
         self.tokenizer, self.adversary, self.precision = tokenizer.train(), adversary, precision
         self.loss = ReconstructionLoss(**PIXELS)
         networks = [n for n in (tokenizer, self.discriminator) if n is not None]
@@ -49,10 +51,10 @@ class OurTokenizerTraining:
         return self.adversary and self.adversary.discriminator
 
     def training_step(self, images: Tensor) -> Tensor:
-        loss, rebuilt = self.gradients(images)
+        loss, reconstructed = self.gradients(images)
         self.step(self.tokenizer)
         if self.adversary is not None:
-            self.discriminator_gradients(images, rebuilt)
+            self.discriminator_gradients(images, reconstructed)
             self.step(self.discriminator)
         return loss
 
@@ -75,10 +77,10 @@ class OurTokenizerTraining:
         loss.backward()
         return loss.detach(), output.images.detach()
 
-    def discriminator_gradients(self, images: Tensor, rebuilt: Tensor) -> Tensor:
+    def discriminator_gradients(self, images: Tensor, reconstructed: Tensor) -> Tensor:
         self.adversary.requires_grad_(True)
         with in_precision(self.precision, images.device):
-            loss = self.adversary.discriminator_loss(images, rebuilt)["loss"]
+            loss = self.adversary.discriminator_loss(images, reconstructed)["loss"]
         loss.backward()
         self.adversary.finish_batch()
         return loss.detach()
@@ -93,7 +95,7 @@ def pair(
     judge = adversary = None
     if adversarial:
         torch.manual_seed(args.seed)
-        adversary = Adversary(PatchGAN(**PATCHGAN), weight=WEIGHT).to(args.device)
+        adversary = AdversarialLoss(PatchGAN(**PATCHGAN), weight=WEIGHT).to(args.device)
         judge = PlainPatchGAN(**PATCHGAN).to(args.device)
         judge.load_state_dict(adversary.discriminator.state_dict())
     return (
@@ -136,11 +138,11 @@ def check(
         ours.discriminator_gradients(images, ours.gradients(images)[1])
         for network in ours.optimizers:
             network.zero_grad()
-    loss, rebuilt = ours.gradients(images)
+    loss, reconstructed = ours.gradients(images)
     losses = [(plain.gradients(images), loss)]
     if adversarial:
         judged = plain.discriminator_gradients(images)
-        losses.append((judged, ours.discriminator_gradients(images, rebuilt)))
+        losses.append((judged, ours.discriminator_gradients(images, reconstructed)))
     names = ["deceiving tokenizer", "discriminator"] if adversarial else ["tokenizer"]
     same, close = WITH_KINKS if adversarial else CLOSE
     found: dict[str, float] = {}

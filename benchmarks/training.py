@@ -35,7 +35,7 @@ from var_exp.training.fsdp import clip_gradients
 from var_exp.training.optim import param_groups
 from var_exp.training.var_module import token_losses
 from var_exp.transformer import VAR
-from var_exp.transformer.var import Computing, call_block
+from var_exp.transformer.var import ExecutionOptions, call_block
 
 RATES = {"lr": 1e-4, "weight_decay": 0.05, "betas": (0.9, 0.95)}  # as published
 CLIP = 2.0
@@ -51,7 +51,7 @@ class OurTraining:
         self, transformer: VAR, tokenizer: VQVAE, precision: str, attention: str, compiled: bool
     ):
         call = torch.compile(call_block, dynamic=False) if compiled else call_block
-        transformer.computing = Computing(attention, call=call)
+        transformer.execution = ExecutionOptions(attention, call=call)
         self.transformer, self.tokenizer = transformer.train(), tokenizer
         self.precision = precision
         rates = dict(RATES)

@@ -123,7 +123,7 @@ def test_scales_and_image_may_be_oblong():
         ({"image_size": 512}, "power of two up to 64, got 128"),
         ({"image_size": 2}, "last scale"),
         ({"image_size": (16, 32)}, "last scale"),
-        ({"codebook_size": 1}, "at least 2 codes, got 1"),
+        ({"codebook_size": 1}, "vocab_size: expected a number >= 2, got 1"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_is_refused(change, message):
@@ -178,7 +178,7 @@ def test_the_papers_backbone_is_a_choice_of_the_same_transformer(block):
         ({"scales": (1, 2, 2)}, "larger than the one before"),
         ({"codebook_size": 1}, "at least 2 codes, got 1"),
         ({"num_heads": 3}, "got width 16 and 3 heads"),
-        ({"num_heads": 0}, "got width 16 and 0 heads"),
+        ({"num_heads": 0}, "num_heads: expected a number > 0 or null, got 0"),
         ({"block": "dit"}, "got 'dit'"),
     ],
 )

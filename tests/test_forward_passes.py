@@ -8,7 +8,7 @@ from torch import nn
 from helpers.stages import NUM_BATCHES, assert_equal, run, weights
 from tests.tokenizer.test_dino import published_state
 from var_exp.io.pretrained import Frozen
-from var_exp.tokenizer.adversarial_loss import Adversary
+from var_exp.tokenizer.adversarial_loss import AdversarialLoss
 from var_exp.tokenizer.discriminator import DinoDiscriminator, PatchGAN
 from var_exp.tokenizer.losses import ReconstructionLoss
 from var_exp.tokenizer.lpips import DEPTHS, Distance
@@ -67,9 +67,9 @@ def make_discriminator(name, folder):
 def options(discriminator, **changes):
     """Of a run with everything that stage one can have, in micro-batches."""
     return {
-        "adversary": Adversary(discriminator, start=2, ramp=2, lecam=0.01),
+        "adversary": AdversarialLoss(discriminator, start=2, ramp=2, lecam=0.01),
         "loss": ReconstructionLoss(lpips=0.5, perceptual=Perceptual()),
-        "micro_batch": PARTS[0],
+        "micro_batch_size": PARTS[0],
     } | changes
 
 
@@ -101,17 +101,17 @@ def test_reconstructions_that_are_kept_are_those_that_would_be_made_again(
     digits, tmp_path, monkeypatch
 ):
     # A codebook that learned in the second pass too would be another one.
-    given = {"freeze": ["codebook"], "scale_drop": 0.0}
+    given = {"freeze": ["codebook"], "quantizer_dropout": 0.0}
     ours = options(make_discriminator("patchgan", tmp_path), **given)
     _, losses = run("tokenizer", digits, tmp_path / "ours", **ours)
-    descend = TokenizerModule.descend_tokenizer
+    descend = TokenizerModule.generator_step
 
     def descend_and_rebuild(self, optimizer, parts):
         _, terms = descend(self, optimizer, parts)
         with torch.no_grad():
             return [self.tokenizer(images).images for images in parts], terms
 
-    monkeypatch.setattr(TokenizerModule, "descend_tokenizer", descend_and_rebuild)
+    monkeypatch.setattr(TokenizerModule, "generator_step", descend_and_rebuild)
     slow = options(make_discriminator("patchgan", tmp_path), **given)
     _, slow_losses = run("tokenizer", digits, tmp_path / "slow", **slow)
     assert losses == slow_losses and len(losses) == NUM_BATCHES

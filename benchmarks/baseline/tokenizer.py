@@ -83,12 +83,12 @@ class PlainTokenizer(nn.Module):
         super().__init__()
         quantizer = ours.quantizer
         sizes = list(quantizer.schedule.sizes)
-        self.encoder = PlainEncoder(ours.encoder.spec)
+        self.encoder = PlainEncoder(ours.encoder.config)
         self.quantizer = PlainQuantizer(
             sizes, quantizer.vocab_size, quantizer.code_dim, len(quantizer.phis)
         )
         self.quantizer.phi_of_scale = list(quantizer.phi_of_scale)
-        self.decoder = PlainDecoder(ours.decoder.spec)
+        self.decoder = PlainDecoder(ours.decoder.config)
         dim = quantizer.code_dim
         self.quant_conv, self.post_quant_conv = (nn.Conv2d(dim, dim, 3, padding=1) for _ in "ab")
         state = dict(ours.state_dict())

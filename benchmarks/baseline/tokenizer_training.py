@@ -34,7 +34,7 @@ class PlainPatchGAN(nn.Module):
 
 
 class PlainTokenizerTraining:
-    """A tokenizer in training, and the discriminator that it has to deceive, or None.
+    """A tokenizer in training, and the discriminator that it has to adversarial_terms, or None.
 
     Args:
         lr, betas, clip: of AdamW, for both networks, and of the gradients' norms.
@@ -77,11 +77,15 @@ class PlainTokenizerTraining:
 
     def gradients(self, images: Tensor) -> Tensor:
         """Of the tokenizer; its loss."""
-        rebuilt, loss = self.tokenizer(images)
-        loss = loss + self.l1 * F.l1_loss(rebuilt, images) + self.l2 * F.mse_loss(rebuilt, images)
+        reconstructed, loss = self.tokenizer(images)
+        loss = (
+            loss
+            + self.l1 * F.l1_loss(reconstructed, images)
+            + self.l2 * F.mse_loss(reconstructed, images)
+        )
         if self.discriminator is not None:
             self.discriminator.requires_grad_(False)
-            adversarial = -self.discriminator(rebuilt).mean()
+            adversarial = -self.discriminator(reconstructed).mean()
             loss = loss + self.weight * self.ratio(loss, adversarial) * adversarial
         loss.backward()
         return loss.detach()
@@ -99,9 +103,9 @@ class PlainTokenizerTraining:
         """Of the discriminator, on reconstructions that are made for it; its hinge loss."""
         self.discriminator.requires_grad_(True)
         self.tokenizer.requires_grad_(False)
-        rebuilt, _ = self.tokenizer(images)
+        reconstructed, _ = self.tokenizer(images)
         self.tokenizer.requires_grad_(True)
-        real, fake = self.discriminator(images), self.discriminator(rebuilt.detach())
+        real, fake = self.discriminator(images), self.discriminator(reconstructed.detach())
         loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
         loss.backward()
         return loss.detach()

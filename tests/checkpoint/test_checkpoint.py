@@ -18,7 +18,7 @@ from var_exp.checkpoint.checkpoint import (
     write_checkpoint,
 )
 from var_exp.sampling.generate import generate
-from var_exp.training.ema import averaged_copy
+from var_exp.training.ema import ema_copy
 
 
 def prefixed(name, network):
@@ -91,7 +91,7 @@ def test_networks_of_any_kind_come_back(tmp_path, block):
     write_checkpoint(var_checkpoint(tokenizer, transformer), tmp_path / "x.ckpt")
     loaded = load_networks(tmp_path / "x.ckpt")
     for ours, theirs in zip(loaded[:2], (tokenizer, transformer), strict=True):
-        assert ours.spec == theirs.spec
+        assert ours.config == theirs.config
         state = theirs.state_dict()
         assert all(torch.equal(v, state.pop(k)) for k, v in ours.state_dict().items())
         assert not state
@@ -109,7 +109,7 @@ def test_a_tokenizers_checkpoint_has_no_transformer(tmp_path, tokenizer):
 def test_the_average_is_taken_where_there_is_one_unless_raw_weights_are_asked_for(
     tmp_path, file, tokenizer, transformer
 ):
-    average = averaged_copy(transformer)
+    average = ema_copy(transformer)
     average.position.add_(1)
     path = tmp_path / "averaged.ckpt"
     write_checkpoint(var_checkpoint(tokenizer, transformer, average), path)

@@ -113,7 +113,7 @@ def test_networks_of_any_kind_come_back(tmp_path, block):
     VARPipeline(*networks).save_pretrained(tmp_path)
     loaded = VARPipeline.from_pretrained(tmp_path)
     for ours, theirs in zip((loaded.transformer, loaded.tokenizer), networks, strict=True):
-        assert ours.spec == theirs.spec
+        assert ours.config == theirs.config
         state = theirs.state_dict()
         assert all(torch.equal(v, state.pop(k)) for k, v in ours.state_dict().items())
         assert not state

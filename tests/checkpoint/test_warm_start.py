@@ -180,7 +180,7 @@ def stir_all(network: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("book", BOOKS)
 def test_between_equal_tokenizers_everything_is_copied(book):
     source = tokenizer_of(**BOOKS[book])
-    network = tiny_tokenizer(tiny_quantizer(**BOOKS[book], beta=0.5, scale_drop=0.1))
+    network = tiny_tokenizer(tiny_quantizer(**BOOKS[book], beta=0.5, quantizer_dropout=0.1))
     warm_start_tokenizer(network, source)
     assert_equal(network.state_dict(), source.state_dict())
     assert network.quantizer.started and network.fingerprint() == source.fingerprint()
@@ -311,7 +311,7 @@ def test_a_network_that_the_path_lacks_stays_as_it_is_if_the_other_is_there(publ
 # -- the program --------------------------------------------------------------------------
 
 GOLDEN_SIZES = ["transformer=d16", "transformer.depth=2", "transformer.width=128"]
-STILL = [f"model.{stage}.module.optimizer.lr=0" for stage in ("tokenizer", "var")]
+STILL = [f"model.{stage}.optimizer.lr=0" for stage in ("tokenizer", "var")]
 
 
 @pytest.fixture

@@ -68,7 +68,12 @@ def parquet(tmp_path_factory):
 
 
 def source(root, streamed=False, **changes) -> HuggingFace:
-    options = {"image_size": 16, "val_split": "validation", "buffer": 8, "lanes": 2} | changes
+    options = {
+        "image_size": 16,
+        "val_split": "validation",
+        "shuffle_buffer": 8,
+        "num_streams": 2,
+    } | changes
     return HuggingFace(str(root), streamed=streamed, **options)
 
 
@@ -130,10 +135,10 @@ def test_streaming_reads_each_row_group_about_once_an_epoch(parquet, monkeypatch
         "read_row_group",
         lambda self, *a, **k: read.append(a) or read_row_group(self, *a, **k),
     )
-    made = opened(parquet, streamed=True, buffer=4)
+    made = opened(parquet, streamed=True, shuffle_buffer=4)
     for index in made.order(seed=0, epoch=0):
         made.train[int(index)]
-    assert 8 <= len(read) <= 8 + 1, "one of the eight lies across the border of two lanes"
+    assert 8 <= len(read) <= 8 + 1, "one of the eight lies across the border of two num_streams"
     assert len(made.train.kept) <= made.train.max_kept == 2 * 2 + 4 // 3
 
 

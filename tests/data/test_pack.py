@@ -119,10 +119,13 @@ def test_a_stopped_packing_goes_on_and_ends_the_same(images, tmp_path, monkeypat
     assert 0 < len(kept) < len(list((tmp_path / "whole").glob("*.tar")))
     assert not (out / "index.npz").exists()
     (out / ".train-000003.123.tar").write_bytes(b"what a killed process has left")
+    others = {".train-000003.123.tar.bak": b"of someone else", ".mine.123.tar": b"too"}
+    for name, data in others.items():
+        (out / name).write_bytes(data)
     pack(images, out, SMALL)
     assert len(read) - 17 < 30, "whole shards are not written again"
     assert kept.items() <= {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")}.items()
-    assert content(out) == content(tmp_path / "whole")
+    assert content(out) == content(tmp_path / "whole") | others
 
 
 def test_a_packing_that_is_killed_leaves_no_half_shard_under_a_final_name(images, tmp_path):
@@ -130,9 +133,10 @@ def test_a_packing_that_is_killed_leaves_no_half_shard_under_a_final_name(images
     out = tmp_path / "out"
     slow = (
         "import sys, time\n"
-        "from var_exp.data import pack, shard_writer\n"
-        "add = shard_writer.add\n"
-        "shard_writer.add = lambda *a: (time.sleep(0.02), add(*a))\n"
+        "from var_exp.data import pack\n"
+        "from var_exp.data.shards import writer\n"
+        "add = writer.add\n"
+        "writer.add = lambda *a: (time.sleep(0.02), add(*a))\n"
         "pack.main(sys.argv[1:])\n"
     )
     process = subprocess.Popen(
@@ -143,7 +147,7 @@ def test_a_packing_that_is_killed_leaves_no_half_shard_under_a_final_name(images
     while len(list(out.glob("[!.]*.tar"))) < 2 and process.poll() is None:
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    assert process.wait() < 0 and list(out.glob("[!.]*.tar")), "killed while it packed"
     assert not (out / "index.npz").exists()
     for path in out.glob("[!.]*.tar"):
         assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
@@ -159,6 +163,28 @@ def test_a_finished_packing_that_is_started_again_writes_no_shard(images, tmp_pa
     assert before == {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
 
 
+def test_a_shard_that_was_damaged_since_is_named_and_packed_again(images, tmp_path, capsys):
+    out = tmp_path / "out"
+    pack(images, out, SMALL)
+    whole = files(out)
+    for workers in (0, 2):
+        path, offset, size = first_image(out)
+        overwrite(path, offset + size // 2, b"\x00\xff\x00\xff")
+        pack(images, out, SMALL, workers)
+        assert files(out) == whole
+    assert f"'{path}' is damaged; it is made again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damaged", ["", "[]", "null", '{"parts": {"train-000000.tar": 3}}'])
+def test_a_record_of_another_form_is_refused_in_one_line(damaged, images, tmp_path):
+    out = tmp_path / "out"
+    pack(images, out, SMALL)
+    (out / "packing.json").write_text(damaged)
+    with pytest.raises(ValueError, match=r"packing\.json' is (damaged|not a record)") as error:
+        pack(images, out, SMALL)
+    assert "\n" not in str(error.value)
+
+
 def test_a_folder_with_other_shards_is_left_alone(images, tmp_path):
     out = tmp_path / "out"
     pack(images, out, SMALL)
@@ -168,7 +194,7 @@ def test_a_folder_with_other_shards_is_left_alone(images, tmp_path):
     (images / "ant" / "0.png").write_bytes((images / "bee" / "0.png").read_bytes())
     with pytest.raises(ValueError, match="holds shards of other images than these"):
         pack(images, out, SMALL)
-    with pytest.raises(ValueError, match="holds shards of other images than these"):
+    with pytest.raises(ValueError, match=r"packing\.json' is missing, so it is not known whose"):
         (out / "packing.json").unlink()
         pack(images, out, SMALL)
     assert {name: data for name, data in before.items() if name != "packing.json"} == files(out)

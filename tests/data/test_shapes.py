@@ -1,4 +1,4 @@
-"""The shapes are endless, seeded and fast to tell apart; the judge reads pixels, not labels."""
+"""The shapes are endless, seeded and fast to tell apart; their classifier reads pixels."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def real() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def accuracy(images: torch.Tensor, labels: torch.Tensor) -> float:
-    return (Shapes().judge(images.clamp(-1, 1)) == labels).float().mean().item()
+    return (Shapes().classify(images.clamp(-1, 1)) == labels).float().mean().item()
 
 
 def test_an_image_is_a_pure_function_of_seed_split_and_number():
@@ -71,16 +71,16 @@ def test_an_outline_has_the_area_and_the_reach_it_claims(shape):
     assert (mask * torch.linspace(-1, 1, 400)).mean().abs() < 1e-3, "the centroid is the origin"
 
 
-def test_the_judge_is_right_on_real_images(real):
+def test_the_classifier_is_right_on_real_images(real):
     assert accuracy(*real) >= 0.999
 
 
 @pytest.mark.parametrize("size", [16, 64, [32, 64]], ids=str)
-def test_the_judge_is_right_at_other_sizes(size):
+def test_the_classifier_is_right_at_other_sizes(size):
     assert accuracy(*drawn(source(image_size=size), 240)) >= 0.99
 
 
-def test_the_judge_sees_through_blur_noise_and_coarse_pixels(real):
+def test_the_classifier_sees_through_blur_noise_and_coarse_pixels(real):
     images, labels = real
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     blurred = gaussian_blur(images, [7, 7], [1.0, 1.0])
@@ -89,15 +89,15 @@ def test_the_judge_sees_through_blur_noise_and_coarse_pixels(real):
         assert accuracy(spoilt, labels) >= 0.98
 
 
-def test_the_judge_names_the_shape_and_the_colour_that_changed(real):
+def test_the_classifier_names_the_shape_and_the_colour_that_changed(real):
     images, labels = real
     image = images[labels == Shapes().class_names.index("red cross")][:1]
-    assert Shapes().class_names[Shapes().judge(image)] == "red cross"
-    assert Shapes().class_names[Shapes().judge(image[:, [2, 1, 0]])] == "blue cross"
-    assert Shapes().judge(image.flip(-1)) == Shapes().judge(image)
+    assert Shapes().class_names[Shapes().classify(image)] == "red cross"
+    assert Shapes().class_names[Shapes().classify(image[:, [2, 1, 0]])] == "blue cross"
+    assert Shapes().classify(image.flip(-1)) == Shapes().classify(image)
 
 
-def test_the_judge_does_not_see_shapes_where_there_are_none(real):
+def test_the_classifier_does_not_see_shapes_where_there_are_none(real):
     images, _ = real
     square = torch.full((1, 3, 32, 32), 0.5)
     square[..., 2:30, 14:18] = torch.tensor([0.7, -0.6, -0.6])[:, None, None]  # a red bar
@@ -111,10 +111,10 @@ def test_the_judge_does_not_see_shapes_where_there_are_none(real):
             square,
         ]
     )
-    assert Shapes().judge(nothing).tolist() == [-1] * len(nothing)
+    assert Shapes().classify(nothing).tolist() == [-1] * len(nothing)
 
 
-def test_the_judge_does_not_depend_on_the_batch(real):
+def test_the_classifier_does_not_depend_on_the_batch(real):
     images, _ = real
-    alone = torch.cat([Shapes().judge(image[None]) for image in images[:8]])
-    assert torch.equal(Shapes().judge(images)[:8], alone)
+    alone = torch.cat([Shapes().classify(image[None]) for image in images[:8]])
+    assert torch.equal(Shapes().classify(images)[:8], alone)

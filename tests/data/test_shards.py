@@ -49,7 +49,7 @@ def copy(packed, tmp_path):
 
 
 def shards(root, **changes) -> Shards:
-    return Shards(str(root), **{"image_size": 16, "buffer": 8, "lanes": 4} | changes)
+    return Shards(str(root), **{"image_size": 16, "shuffle_buffer": 8, "num_streams": 4} | changes)
 
 
 def opened(root, **changes) -> Shards:
@@ -138,11 +138,11 @@ def test_every_number_of_images_is_dealt_out(count):
 
 def test_a_block_is_done_with_soon_after_it_was_begun():
     spans = {}
-    for lanes, buffer in ((1, 50), (1, 200), (8, 200)):
-        places = positions_of(block_order(BLOCKS, buffer, lanes, seed=0, epoch=0))
-        spans[lanes, buffer] = np.ptp(places.reshape(50, 20), axis=1)
+    for num_streams, buffer in ((1, 50), (1, 200), (8, 200)):
+        places = positions_of(block_order(BLOCKS, buffer, num_streams, seed=0, epoch=0))
+        spans[num_streams, buffer] = np.ptp(places.reshape(50, 20), axis=1)
     assert spans[1, 50].max() <= 20 + 50 and spans[1, 200].max() <= 20 + 200
-    # A block may be cut in two by a border of lanes, and then is read in two places.
+    # A block may be cut in two by a border of num_streams, and then is read in two places.
     assert np.median(spans[8, 200]) <= 8 * 20 + 200
 
 
@@ -164,9 +164,9 @@ def test_a_rank_reads_blocks_of_its_own(world_size):
     assert sum(map(len, read)) <= 50 + 7, "but for those that lie across one of 7 borders"
 
 
-@pytest.mark.parametrize("changes", [{"buffer": 0}, {"lanes": 0}])
+@pytest.mark.parametrize("changes", [{"shuffle_buffer": 0}, {"num_streams": 0}])
 def test_a_buffer_or_lanes_of_nothing_are_refused(changes):
-    with pytest.raises(ValueError, match=r"expected at least 1 of both .data\.buffer, data\.lanes"):
+    with pytest.raises(ValueError, match="_(buffer|streams): expected a number > 0, got 0"):
         shards("any", **changes)
 
 
@@ -349,7 +349,12 @@ def test_another_number_of_classes_than_expected_is_refused(packed):
 def test_a_training_on_shards_that_was_cut_off_goes_on_exactly(packed, tmp_path, monkeypatch):
     monkeypatch.setattr("var_exp.evaluation.networks.classifier.NUM_STEPS", 3)
     options = [
-        *("data=shards", f"data.root={packed}", "data.image_size=16", "data.buffer=8"),
+        *(
+            "data=shards",
+            f"data.root={packed}",
+            "data.image_size=16",
+            "data.shuffle_buffer=8",
+        ),
         *(
             "tokenizer=tiny",
             "scales=linear_4",

@@ -19,8 +19,8 @@ from helpers.tiny import tiny_quantizer, tiny_tokenizer
 from helpers.together import together
 from var_exp.data import CodeBatch, ImageDataModule, ImageSource, Shapes, TokenCache
 from var_exp.data.source import TensorImages
-from var_exp.data.tokens.cache import forget_codes
-from var_exp.distributed.signals import Interrupted, Interruption
+from var_exp.data.tokens.cache import delete_codes
+from var_exp.distributed.signals import Interrupted, SignalHandler
 from var_exp.training.encode import cache_key, encode, encode_stage
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def served(cache, source, part, plan=(4, 20), rank=0, world_size=1, seed=0):
 # -- the same training ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"micro_batch": 2}], ids=["whole", "micro-batches"])
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 2}], ids=["whole", "micro-batches"])
 def test_training_from_codes_is_training_from_images(changes, source, tokenizer, tmp_path):
     cache = encoded(make_cache(tmp_path / "codes", source, tokenizer), source, tokenizer)
     _, from_images = run("var", source, tmp_path / "images", **changes)
@@ -216,25 +216,25 @@ def test_two_processes_write_what_one_writes_and_one_goes_on_with_it(
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "empty", "doubled"])
-def test_a_damaged_part_is_named_and_encoded_anew(
+def test_a_damaged_part_is_named_and_encoded_again(
     damage, whole, source, tokenizer, tmp_path, capsys
 ):
     encoded(make_cache(tmp_path, source, tokenizer), source, tokenizer)
     path = tmp_path / "train-0001-00002.npy"
     spoil(path, random.Random(0), (damage,))
     encoded(make_cache(tmp_path, source, tokenizer), source, tokenizer)
-    assert f"{str(path)!r} is damaged; its images are encoded anew" in capsys.readouterr().err
+    assert f"{str(path)!r} is damaged; it is made again" in capsys.readouterr().err
     assert files(tmp_path) == whole
 
 
-def test_parts_that_were_damaged_before_there_was_a_manifest_are_encoded_anew(
+def test_parts_that_were_damaged_before_all_were_there_are_encoded_again(
     whole, source, tokenizer, tmp_path
 ):
-    encoded(make_cache(tmp_path, source, tokenizer), source, tokenizer)
-    (tmp_path / "tokens.json").unlink()
-    os.truncate(tmp_path / "val-00001.npy", 150)
+    with pytest.raises(Killed):
+        encoded(make_cache(tmp_path, source, tokenizer), source, tokenizer, Kill(20))
+    os.truncate(tmp_path / "train-0000-00001.npy", 150)
     spoil(tmp_path / "train-0002-00000.npy", random.Random(0), ("one bit",))
-    (tmp_path / "train-0000-00001.npy").unlink()
+    (tmp_path / "train-0000-00002.npy").unlink()
     encoded(make_cache(tmp_path, source, tokenizer), source, tokenizer)
     assert files(tmp_path) == whole
 
@@ -242,18 +242,18 @@ def test_parts_that_were_damaged_before_there_was_a_manifest_are_encoded_anew(
 def test_a_signal_stops_it_after_a_batch_and_the_same_command_goes_on(
     whole, source, tokenizer, tmp_path, monkeypatch
 ):
-    interruption, data = Interruption(), ImageDataModule(source)
+    signal_handler, data = SignalHandler(), ImageDataModule(source)
     trainer = functools.partial(L.Trainer, accelerator="cpu", devices=1)
     arguments = (tokenizer, data, trainer, make_cache(tmp_path, source, tokenizer), 4)
 
     def asked(images, encode=tokenizer.encode):
-        interruption.noted = signal.SIGTERM
+        signal_handler.received = signal.SIGTERM
         return encode(images)
 
     monkeypatch.setattr(tokenizer, "encode", asked)
     with pytest.raises(Interrupted, match="SIGTERM"):
-        encode_stage(*arguments, interruption)
-    assert data.codes is None and [p.name for p in tmp_path.iterdir()] == ["key.json"]
+        encode_stage(*arguments, signal_handler)
+    assert data.codes is None and [p.name for p in tmp_path.iterdir()] == ["tokens.json"]
     encode_stage(*arguments)
     assert files(tmp_path) == whole and data.codes.is_complete()
 
@@ -288,18 +288,16 @@ def test_the_seed_matters_only_where_images_are_augmented(digits, tokenizer, tmp
     assert keys[0] == keys[1]
 
 
-def test_files_that_say_nothing_are_refused_by_name(source, tokenizer, tmp_path):
+def test_a_record_that_says_nothing_is_refused_by_name(source, tokenizer, tmp_path):
     cache = encoded(make_cache(tmp_path, source, tokenizer), source, tokenizer)
-    for name in ("key.json", "tokens.json"):
-        path, content = tmp_path / name, (tmp_path / name).read_text()
-        for wrong in ("", "[]", "{}", '{"parts": 3}', content[:50], content.replace("16384", "1")):
-            path.write_text(wrong)
-            if wrong != content:
-                with pytest.raises(ValueError, match=rf"tokens: '.*{tmp_path.name}"):
-                    cache.is_complete()
-        path.write_text(content)
-    (tmp_path / "key.json").unlink()
-    with pytest.raises(ValueError, match=r"key\.json' is missing"):
+    path = tmp_path / "tokens.json"
+    content = path.read_text()
+    for wrong in ("", "[]", "{}", '{"parts": 3}', content[:50], content.replace("train", "fit")):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match=rf"tokens: '.*{tmp_path.name}"):
+            cache.is_complete()
+    path.unlink()
+    with pytest.raises(ValueError, match=r"tokens\.json' is missing"):
         cache.check()
 
 
@@ -311,7 +309,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_encoded(
     cache = make_cache(tmp_path, source, tokenizer)
     with pytest.raises(ValueError, match=r"69 images take 9\.8 kB, 1\.0 kB are free at .*views"):
         encoded(cache, source, tokenizer)
-    assert [path.name for path in tmp_path.iterdir()] == ["key.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens.json"]
 
 
 def test_a_disk_that_fills_up_keeps_the_parts_and_the_same_command_goes_on(
@@ -337,6 +335,13 @@ def test_forgetting_codes_leaves_what_is_of_others(source, tokenizer, tmp_path):
     encoded(make_cache(tmp_path / "a", source, tokenizer), source, tokenizer)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     (tmp_path / "b" / "notes.txt").touch()
-    for name in "abc":  # there is no c
-        forget_codes(tmp_path / name)
-    assert [path.name for path in tmp_path.rglob("*")] == ["b", "notes.txt"]
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "val-00000.npy").touch()  # without a record it may be anyone's
+    for name in "abcd":  # there is no c
+        delete_codes(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "b",
+        "d",
+        "notes.txt",
+        "val-00000.npy",
+    ]

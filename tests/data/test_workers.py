@@ -87,13 +87,13 @@ def test_a_number_is_taken_as_it_is(machine):
 @pytest.mark.parametrize(
     "options, named",
     [
-        ({"num_workers": -1}, "datamodule.num_workers: expected auto or a whole .*, got -1"),
-        ({"num_workers": "all"}, "datamodule.num_workers: expected .*, got 'all'"),
-        ({"num_workers": True}, "datamodule.num_workers: expected .*, got True"),
-        ({"num_workers": 2.0}, "datamodule.num_workers: expected .*, got 2.0"),
-        ({"pin_memory": "yes"}, "datamodule.pin_memory: expected auto, true or false, got 'yes'"),
-        ({"pin_memory": 1}, "datamodule.pin_memory: expected .*, got 1"),
-        ({"prefetch": 0}, "datamodule.prefetch: expected a whole number >= 1, got 0"),
+        ({"num_workers": -1}, "num_workers: expected 'auto' or a number >= 0, got -1"),
+        ({"num_workers": "all"}, "num_workers: expected .*, got 'all'"),
+        ({"num_workers": True}, "num_workers: expected .*, got True"),
+        ({"num_workers": 2.0}, "num_workers: expected .*, got 2.0"),
+        ({"pin_memory": "yes"}, "pin_memory: expected true or false or 'auto', got 'yes'"),
+        ({"pin_memory": 1}, "pin_memory: expected .*, got 1"),
+        ({"prefetch": 0}, "prefetch: expected a number >= 1, got 0"),
     ],
     ids=str,
 )

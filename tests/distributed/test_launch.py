@@ -19,7 +19,7 @@ from helpers.command import run as command
 from helpers.stages import PATCH_NUMS, run
 from helpers.together import together
 from var_exp.distributed.launch import START, agree_on_start, given_by_torchrun
-from var_exp.distributed.signals import GOES_ON
+from var_exp.distributed.signals import RESUME_HINT
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.evaluation.networks.classifier import train_classifier
 from var_exp.experiment.entry import leave_with_the_others
@@ -161,7 +161,9 @@ def test_what_was_seen_of_the_end_of_another_process_is_told(tmp_path, capsys):
     except RuntimeError as error:
         assert is_of_another_process(error)
         assert leave_with_the_others(run, error) == 1
-    assert f"whole; {GOES_ON} (seen here: ValueError: the true cause)" in capsys.readouterr().err
+    assert (
+        f"whole; {RESUME_HINT} (seen here: ValueError: the true cause)" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("program", ["train", "sample"])

@@ -67,7 +67,7 @@ def test_it_tells_held_out_digits_and_its_features_have_unit_variance():
 
     images = torch.stack([source.val_transform(image) for image, _ in source.val])
     labels = torch.tensor([label for _, label in source.val])
-    assert (network.judge(images) == labels).double().mean() == pytest.approx(network.accuracy)
+    assert (network.classify(images) == labels).double().mean() == pytest.approx(network.accuracy)
 
     seen = network(images_of(source, source.train, 1437)).features
     torch.testing.assert_close(seen.mean(dim=0), torch.zeros(64), atol=1e-3, rtol=0)
@@ -102,7 +102,7 @@ def test_images_without_classes_are_told_apart_by_clusters(few_steps):
     assert network.task == "clusters"
     assert network(torch.rand(2, 3, 16, 16)).logits.shape == (2, classifier.NUM_CLUSTERS)
     assert network.accuracy > 0.5
-    clusters = network.judge(2 * images_of(source, source.val, 64) - 1)
+    clusters = network.classify(2 * images_of(source, source.val, 64) - 1)
     corners = torch.arange(64) % 4
     together = clusters[:, None] == clusters[None]
     assert not together[corners[:, None] != corners[None]].any()

@@ -105,5 +105,5 @@ def test_a_fingerprint_tells_any_change_of_weights():
 
 
 def test_a_network_knows_no_classes_unless_it_says_so():
-    assert Pixels().judge is None
+    assert Pixels().classify is None
     assert Pixels().about == {}

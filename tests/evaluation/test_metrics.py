@@ -335,10 +335,10 @@ def test_features_that_are_no_numbers_are_refused():
         score(fake, random_features(50), "fid")
 
 
-def test_class_accuracy_is_the_share_that_the_judge_agrees_with():
-    def judge(images):
+def test_class_accuracy_is_the_share_that_the_classifier_agrees_with():
+    def classify(images):
         assert images.min() == -1 and images.max() == 1
         return images.flatten(1).argmax(dim=1)
 
     images = torch.eye(4).reshape(4, 1, 2, 2)
-    assert class_accuracy(images, torch.tensor([0, 1, 2, 0]), judge) == 0.75
+    assert class_accuracy(images, torch.tensor([0, 1, 2, 0]), classify) == 0.75

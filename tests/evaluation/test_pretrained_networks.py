@@ -138,7 +138,7 @@ def test_inception_sees_grey_images_as_colours_of_three_equal_channels(inception
 def test_inception_says_how_it_sees(inception, inception_file):
     digest = hashlib.sha256(inception_file.read_bytes()).hexdigest()
     assert inception.name == "inception" and inception.num_features == 2048
-    assert inception.judge is None
+    assert inception.classify is None
     assert not any(p.requires_grad for p in inception.parameters())
     about = inception.about
     assert about["layer"].startswith("2048") and about["resize"].startswith("299 x 299")

@@ -8,22 +8,21 @@ from pathlib import Path
 import pytest
 
 from helpers.command import files, run
-from helpers.sample_sets import Killed, complete, draw, left_in, tiny_drawer
-from var_exp.evaluation.samples.sample_set import SampleSet
+from helpers.sample_sets import Killed, complete, draw, left_in, make_set, tiny_sampler
 
 KINDS = [{"png": png, "npz": npz} for png, npz in product((True, False), repeat=2)]
 
 
 @pytest.fixture(scope="module")
-def drawer():
-    return tiny_drawer()
+def sampler():
+    return tiny_sampler()
 
 
 @pytest.fixture(scope="module")
-def expected(drawer, tmp_path_factory):
+def expected(sampler, tmp_path_factory):
     """Every file of a set of 5 samples."""
     folder = tmp_path_factory.mktemp("expected")
-    complete(SampleSet(folder, drawer.plan, 5), drawer)
+    complete(make_set(folder, sampler, 5), sampler)
     return files(folder)
 
 
@@ -39,19 +38,19 @@ def expected(drawer, tmp_path_factory):
 )
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_samples_of_another_plan_are_replaced_and_a_line_says_what_differs(
-    change, differs, kind, drawer, tmp_path
+    change, differs, kind, sampler, tmp_path
 ):
     if any(kind.values()):
-        complete(SampleSet(tmp_path, drawer.plan, 12, **kind), drawer)
+        complete(make_set(tmp_path, sampler, 12, **kind), sampler)
     else:  # of which nothing but pictures would be left
-        samples = SampleSet(tmp_path, drawer.plan, 12, **kind)
+        samples = make_set(tmp_path, sampler, 12, **kind)
         samples.begin()
-        samples.fill(samples.jobs(8)[0], drawer.draw)
-    other = tiny_drawer(**change)
-    said, drawn = complete(SampleSet(tmp_path, other.plan, 5), other)
+        samples.fill(samples.missing()[0], sampler, None)
+    other = tiny_sampler(**change)
+    said, drawn = complete(make_set(tmp_path, other, 5), other)
     assert said == f"{tmp_path}: replacing samples that were drawn with other {differs}"
     assert drawn == list(range(5))
-    complete(SampleSet(tmp_path / "new", other.plan, 5), other)
+    complete(make_set(tmp_path / "new", other, 5), other)
     new = files(tmp_path / "new")
     shutil.rmtree(tmp_path / "new")
     assert files(tmp_path) == new
@@ -66,10 +65,10 @@ def test_the_program_prints_the_line(trained, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"null", b'{"plan": [1], "num_samples": 5}'])
-def test_samples_whose_plan_is_damaged_are_replaced(content, drawer, expected, tmp_path):
-    complete(SampleSet(tmp_path, drawer.plan, 5), drawer)
+def test_samples_whose_plan_is_damaged_are_replaced(content, sampler, expected, tmp_path):
+    complete(make_set(tmp_path, sampler, 5), sampler)
     (tmp_path / "plan.json").write_bytes(content)
-    said, drawn = complete(SampleSet(tmp_path, drawer.plan, 5), drawer)
+    said, drawn = complete(make_set(tmp_path, sampler, 5), sampler)
     assert said.endswith("drawn in a way that is not recorded") and drawn == list(range(5))
     assert files(tmp_path) == expected
 
@@ -110,14 +109,14 @@ def test_damaged_figures_are_named_before_anything_is_drawn(content, trained, tm
 
 @pytest.mark.parametrize("then", ["the new plan", "the earlier plan"])
 def test_a_replacement_killed_at_any_deletion_ends_as_a_set_of_its_own(
-    then, drawer, tmp_path, monkeypatch
+    then, sampler, tmp_path, monkeypatch
 ):
-    other, real = tiny_drawer(seed=1), Path.unlink
-    going_on = drawer if then == "the new plan" else other
-    complete(SampleSet(tmp_path / "alone", going_on.plan, 5), going_on)
+    other, real = tiny_sampler(seed=1), Path.unlink
+    going_on = sampler if then == "the new plan" else other
+    complete(make_set(tmp_path / "alone", going_on, 5), going_on)
     for at in range(10_000):
         folder, count, killed = tmp_path / str(at), iter(range(10_000)), False
-        complete(SampleSet(folder, other.plan, 5), other)
+        complete(make_set(folder, other, 5), other)
 
         def unlink(path, missing_ok=False, count=count, at=at):
             if next(count) == at:
@@ -127,18 +126,18 @@ def test_a_replacement_killed_at_any_deletion_ends_as_a_set_of_its_own(
         with monkeypatch.context() as patch:
             patch.setattr(Path, "unlink", unlink)
             try:
-                SampleSet(folder, drawer.plan, 5).begin()
+                make_set(folder, sampler, 5).begin()
             except Killed:
                 killed = True
-        complete(SampleSet(folder, going_on.plan, 5), going_on)
+        complete(make_set(folder, going_on, 5), going_on)
         assert files(folder) == files(tmp_path / "alone")
         if not killed:
             break
     assert at > 5  # PNG files alone are so many
 
 
-def test_files_that_are_not_of_the_set_stay(drawer, tmp_path):
-    complete(SampleSet(tmp_path, drawer.plan, 5), drawer)
+def test_files_that_are_not_of_the_set_stay(sampler, tmp_path):
+    complete(make_set(tmp_path, sampler, 5), sampler)
     figures = {"var/loss": 3.9, "sample/fid_classifier": 1.0}
     figures["protocol"] = {"var": {"seed": 7}, "sample": {"seed": 0}}
     (tmp_path / "metrics.json").write_text(json.dumps(figures))
@@ -151,18 +150,32 @@ def test_files_that_are_not_of_the_set_stay(drawer, tmp_path):
     for name, content in others.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    other = tiny_drawer(seed=1)
-    complete(SampleSet(tmp_path, other.plan, 5), other)
+    other = tiny_sampler(seed=1)
+    complete(make_set(tmp_path, other, 5), other)
     assert others.items() <= files(tmp_path).items()
     left = json.loads((tmp_path / "metrics.json").read_text())
     assert left == {"var/loss": 3.9, "protocol": {"var": {"seed": 7}}}
 
 
-def test_what_killed_processes_left_beside_the_files_is_deleted(drawer, expected, tmp_path):
+def test_what_killed_processes_left_beside_the_files_is_deleted(sampler, expected, tmp_path):
     pictures = (".000003.77.png", ".grid.77.png", ".coarse_to_fine.77.png")
     others = (".plan.77.json", ".samples.77.npz", ".metrics.77.json", ".environment.77.json")
-    for name in (*pictures, *others, "unfinished/pixels/.000000-000008.77.safetensors"):
+    for name in (*pictures, *others, "unfinished/.000000-000008.77.npz"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"cut")
-    complete(SampleSet(tmp_path, drawer.plan, 5), drawer)
+    complete(make_set(tmp_path, sampler, 5), sampler)
     assert files(tmp_path) == expected
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "000000-000016.npz", "record.json"])
+def test_an_unfinished_folder_of_someone_else_stays(name, sampler, expected, tmp_path):
+    theirs = tmp_path / "unfinished" / name
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"mine")
+    if name == "notes.txt":
+        complete(make_set(tmp_path, sampler, 5), sampler)
+        assert files(tmp_path) == expected | {"unfinished/notes.txt": b"mine"}
+    else:
+        with pytest.raises(ValueError, match=r"out_dir: .*record\.json' is .*\(out_dir=\.\.\.\)"):
+            complete(make_set(tmp_path, sampler, 5), sampler)
+        assert files(tmp_path) == {f"unfinished/{name}": b"mine"}

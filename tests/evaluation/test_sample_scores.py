@@ -9,16 +9,16 @@ from PIL import Image
 
 from helpers.command import run
 from helpers.feature_networks import JudgingProjection
-from helpers.sample_sets import SCORED, Killed, count_calls, draw, left_in, tiny_drawer
+from helpers.sample_sets import SCORED, Killed, count_calls, draw, left_in, make_set, tiny_sampler
 from var_exp.evaluation import Features, extraction, scores
+from var_exp.evaluation import sampler as sampling
 from var_exp.evaluation.networks.classifier import train_or_load
 from var_exp.evaluation.reference import reference_of, save_reference
 from var_exp.evaluation.reference_file import Reference
-from var_exp.evaluation.samples import draw as sample_draw
-from var_exp.evaluation.samples.files import Parts
-from var_exp.evaluation.samples.sample_set import SampleSet
-from var_exp.evaluation.scorer import SampleScorer
-from var_exp.experiment.sample import beside_expected, scorer_of
+from var_exp.evaluation.samples.sample_set import draw_missing
+from var_exp.evaluation.scorer import RealImages, SampleScorer
+from var_exp.experiment.sample import beside_expected
+from var_exp.io.parts import Parts
 from var_exp.sampling.generate import Samples
 from var_exp.visualization.images import to_uint8
 
@@ -41,34 +41,34 @@ def figures(folder):
 # -- the figures -----------------------------------------------------------------------------
 
 
-def tiny_scorer(drawer):
+def tiny_scorer(tokenizer):
     network = JudgingProjection((10, 10))
     real = network(torch.rand(40, 3, 10, 10)).features
     mu, sigma = extraction.statistics_of(real)
     reference = Reference(mu, sigma, len(real), real, None, {})
-    judge = ("bright", lambda images: (images.mean(dim=(1, 2, 3)) > 0).long())
-    return SampleScorer(network, reference, drawer.tokenizer.schedule, judge)
+    classifier = ("bright", lambda images: (images.mean(dim=(1, 2, 3)) > 0).long())
+    return SampleScorer(network, reference, tokenizer.schedule, classifier)
 
 
 @pytest.mark.parametrize("kind", [{}, {"png": False, "npz": False}], ids=str)
 def test_figures_through_a_set_are_those_of_the_scorer_fed_directly(kind, tmp_path):
-    drawer = tiny_drawer()
-    drawer = drawer._replace(scorer=tiny_scorer(drawer))
-    samples = SampleSet(tmp_path, drawer.plan, 30, **kind, scores={"a": 1}, num_per_scale=12)
+    sampler = tiny_sampler()
+    scorer = tiny_scorer(sampler.tokenizer)
+    samples = make_set(tmp_path, sampler, 30, **kind, scores={"a": 1}, num_per_scale=12)
     samples.begin()
-    sample_draw.fill(samples, samples.jobs(8), drawer, 0, 1)
-    for ids, seen in samples.seen():
-        drawer.scorer.add(ids, seen)
-    found = drawer.scorer.compute()
+    draw_missing(samples, samples.missing(), sampler, scorer, 0, 1)
+    for ids, features in samples.features():
+        scorer.update(ids, features)
+    found = scorer.compute()
 
-    drawer.scorer.reset()
-    drawn, labels = drawer.draw(range(30)), torch.tensor(samples.labels)
+    scorer.reset()
+    drawn, labels = sampler.sample_batch(range(30)), torch.tensor(samples.labels)
     rounded = to_uint8(drawn.images) / 255
     for part, per_scale in ((slice(12), True), (slice(12, 30), False)):
         some = Samples(rounded[part], [codes[part] for codes in drawn.indices])
-        seen = drawer.scorer.see(drawer.tokenizer, some, labels[part], per_scale)
-        drawer.scorer.add(torch.arange(30)[part], seen)
-    assert found == pytest.approx(drawer.scorer.compute(), rel=1e-6)
+        features = scorer.extract_features(sampler.tokenizer, some, labels[part], per_scale)
+        scorer.update(torch.arange(30)[part], features)
+    assert found == pytest.approx(scorer.compute(), rel=1e-6)
     assert {"fid_projection_scale_1", "recall_projection", "class_accuracy_bright"} < set(found)
 
 
@@ -90,7 +90,8 @@ def test_figures_of_the_program_are_those_of_its_png_files(whole, trained, digit
 
 
 def numbers_drawn(calls):
-    return sum(len(labels) for _, _, labels in calls)
+    """Of samples for the set, without the eight of the strip."""
+    return sum(len(labels) for _, _, labels in calls) - 8
 
 
 @pytest.mark.parametrize(("options", "drawn"), [(SCORED, 24), (FINAL, 8)])
@@ -100,16 +101,16 @@ def test_an_evaluation_broken_off_half_way_draws_and_sees_only_the_rest(
     """What is scored after each scale needs its token maps, of which files hold none."""
     real = Parts.write
 
-    def write(parts, run, tensors):
-        if parts.folder.name.startswith("seen") and run.start == 16:
+    def write(parts, name, save):
+        if name == "000016-000032.npz":
             raise Killed
-        real(parts, run, tensors)
+        real(parts, name, save)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Parts, "write", write)
         draw(trained, tmp_path, *options)
-    calls = count_calls(monkeypatch, sample_draw, "iterate_samples")
-    seen = count_calls(monkeypatch, SampleScorer, "see")
+    calls = count_calls(monkeypatch, sampling, "iterate_samples")
+    seen = count_calls(monkeypatch, SampleScorer, "extract_features")
     draw(trained, tmp_path, *options)
     assert numbers_drawn(calls) == drawn
     assert [len(labels) for *_, labels, _ in seen] == [16, 8]
@@ -119,8 +120,8 @@ def test_a_second_evaluation_neither_draws_nor_sees_nor_reads_the_reference(
     whole, trained, tmp_path, monkeypatch
 ):
     before = left_in(whole)
-    drawn = count_calls(monkeypatch, sample_draw, "iterate_samples")
-    seen = count_calls(monkeypatch, SampleScorer, "see")
+    drawn = count_calls(monkeypatch, sampling, "iterate_samples")
+    seen = count_calls(monkeypatch, SampleScorer, "extract_features")
     read = count_calls(monkeypatch, torch.nn.Module, "__call__")
     assert draw(trained, whole, *SCORED) == before
     assert drawn == seen == read == []
@@ -130,14 +131,14 @@ def test_scores_of_a_finished_set_see_its_files_and_draw_only_what_scales_need(
     whole, trained, tmp_path, monkeypatch
 ):
     draw(trained, tmp_path, *[option for option in SCORED if "evalua" not in option])
-    drawn = count_calls(monkeypatch, sample_draw, "iterate_samples")
+    drawn = count_calls(monkeypatch, sampling, "iterate_samples")
     assert draw(trained, tmp_path, *SCORED) == left_in(whole)
-    assert numbers_drawn(drawn) == 32  # the first 20, in batches of 16
+    assert numbers_drawn(drawn) + 8 == 32  # the first 20, in batches of 16; the strip is there
 
 
 def test_other_settings_of_the_scores_measure_anew_and_draw_nothing(trained, tmp_path, monkeypatch):
     draw(trained, tmp_path, *FINAL)
-    first, drawn = figures(tmp_path), count_calls(monkeypatch, sample_draw, "iterate_samples")
+    first, drawn = figures(tmp_path), count_calls(monkeypatch, sampling, "iterate_samples")
     draw(trained, tmp_path, *FINAL, "evaluation.scores.num_neighbours=20")
     second = figures(tmp_path)
     assert drawn == [] and first.keys() == second.keys()
@@ -257,7 +258,7 @@ def test_a_mistake_is_one_line_before_anything_is_drawn(
     if write:
         write(tmp_path / "reference.npz", trained, digits)
         options = ["evaluation.reference=reference.npz"]
-    drawn = count_calls(monkeypatch, sample_draw, "iterate_samples")
+    drawn = count_calls(monkeypatch, sampling, "iterate_samples")
     done = run("sample", f"ckpt={trained}", "out_dir=out", *SCORED, *options)
     (line,) = done.err.splitlines()
     assert done.code == 1 and line.startswith("error: ")
@@ -275,7 +276,6 @@ def test_a_portable_folder_needs_a_reference_to_be_scored_against(trained, tmp_p
 
 
 def test_images_of_another_size_than_the_models_are_refused(digits):
-    drawer = tiny_drawer()
-    options = {"reference": None, "num_reference": 10, "batch_size": 8, "cache": None}
+    sampler = tiny_sampler()
     with pytest.raises(ValueError, match=r"digits are of \(16, 16\) .* of the model of \(10, 10\)"):
-        scorer_of(JudgingProjection((10, 10)), digits, drawer.tokenizer, None, **options)
+        RealImages(JudgingProjection((10, 10)), digits, sampler.tokenizer.image_size)

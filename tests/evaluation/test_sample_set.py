@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from helpers.command import files
-from helpers.sample_sets import SCORED, SETTINGS, Killed, complete, draw, left_in, tiny_drawer
+from helpers.sample_sets import SCORED, Killed, complete, draw, left_in, make_set, tiny_sampler
 from var_exp.evaluation.samples import sample_set
-from var_exp.evaluation.samples.sample_set import SampleSet
 from var_exp.sampling.generate import generate
 from var_exp.visualization.images import to_uint8
 
@@ -27,19 +26,19 @@ def _small_grid():
 
 
 @pytest.fixture(scope="module")
-def drawer():
-    return tiny_drawer()
+def sampler():
+    return tiny_sampler()
 
 
 @pytest.fixture(scope="module")
-def expected(drawer, tmp_path_factory):
+def expected(sampler, tmp_path_factory):
     """Called with a number of samples: every file of that set, drawn at once."""
     drawn = {}
 
     def of(n):
         if n not in drawn:
             folder = tmp_path_factory.mktemp("expected")
-            complete(SampleSet(folder, drawer.plan, n), drawer)
+            complete(make_set(folder, sampler, n), sampler)
             drawn[n] = files(folder)
         return drawn[n]
 
@@ -74,11 +73,14 @@ def kill_at(monkeypatch):
 
 
 BEFORE = [
-    *("environment.json", "plan.json", "000000.png", "000021.png", "codes/*"),
-    *("seen_*/000000-000016*", "seen_*/000016-000032*", "samples.npz", "grid.png"),
-    *("coarse_to_fine.png", "metrics.json"),
+    *("environment.json", "plan.json", "000000.png", "000021.png", "unfinished/record.json"),
+    *("unfinished/000000-000016*", "unfinished/.000016-000032*.sha256", "samples.npz"),
+    *("grid.png", "coarse_to_fine.png", "metrics.json"),
 ]
-AFTER = ["plan.json", "000039.png", "codes/*", "seen_*/000032-000040*", "samples.npz"]
+AFTER = [
+    *("plan.json", "000039.png", "unfinished/record.json", "unfinished/000032-000040*"),
+    *("unfinished/.000016-000032*.sha256", "samples.npz"),
+]
 
 
 @pytest.mark.parametrize(
@@ -118,15 +120,17 @@ def test_a_set_killed_in_the_midst_of_the_array_ends_as_an_uninterrupted_one(
 
 
 @pytest.mark.parametrize("kind", KINDS[:3], ids=str)  # else it is drawn for the pictures alone
-def test_a_set_stopped_after_each_batch_draws_each_sample_once(kind, drawer, expected, tmp_path):
+def test_a_set_stopped_after_each_batch_draws_each_sample_once(kind, sampler, expected, tmp_path):
     drawn = []
     for _ in range(3):
-        samples = SampleSet(tmp_path, drawer.plan, 20, **kind)
+        samples = make_set(tmp_path, sampler, 20, **kind)
         samples.begin()
-        first, *_ = samples.jobs(8)
-        samples.fill(first, lambda ids: drawn.extend(ids) or drawer.draw(ids))
+        first, *_ = samples.missing()
+        assert first.draw
+        drawn += first.ids
+        samples.fill(first, sampler, None)
     assert drawn == list(range(20))
-    assert complete(SampleSet(tmp_path, drawer.plan, 20, **kind), drawer) == (None, [])
+    assert complete(make_set(tmp_path, sampler, 20, **kind), sampler) == (None, [])
     assert files(tmp_path) == kept(expected(20), **kind)
 
 
@@ -146,74 +150,75 @@ def kept(left, png, npz):
 @pytest.mark.parametrize("first", KINDS, ids=str)
 @pytest.mark.parametrize("second", KINDS, ids=str)
 def test_a_set_of_other_size_or_files_is_what_it_would_have_been(
-    first, second, earlier, later, drawer, expected, tmp_path
+    first, second, earlier, later, sampler, expected, tmp_path
 ):
-    complete(SampleSet(tmp_path, drawer.plan, earlier, **first), drawer)
-    said, drawn = complete(SampleSet(tmp_path, drawer.plan, later, **second), drawer)
+    complete(make_set(tmp_path, sampler, earlier, **first), sampler)
+    said, drawn = complete(make_set(tmp_path, sampler, later, **second), sampler)
     left = files(tmp_path)
     assert said is None and kept(expected(later), **second).items() <= left.items()
     assert left.items() <= expected(later).items()  # what is not asked for again may stay
-    if later <= earlier and any(first.values()):  # pixels are kept, codes for the strip are not
-        assert drawn == ([] if later == earlier else list(range(8)))
+    if later <= earlier and any(first.values()):  # pixels are kept
+        assert drawn == []
 
 
 @pytest.mark.parametrize("now", [5, 20])
-def test_a_set_that_was_stopped_may_have_another_size(now, drawer, expected, tmp_path):
+def test_a_set_that_was_stopped_may_have_another_size(now, sampler, expected, tmp_path):
     for kind in KINDS:
-        samples = SampleSet(tmp_path / str(kind), drawer.plan, 12, **kind)
+        samples = make_set(tmp_path / str(kind), sampler, 12, **kind)
         samples.begin()
-        for job in samples.jobs(8):
-            samples.fill(job, drawer.draw)
-        complete(SampleSet(samples.folder, drawer.plan, now, **kind), drawer)
+        for batch in samples.missing():
+            samples.fill(batch, sampler, None)
+        complete(make_set(samples.folder, sampler, now, **kind), sampler)
         assert files(samples.folder) == kept(expected(now), **kind)
 
 
-# -- labels, and what was seen --------------------------------------------------------------
+# -- labels, and features -------------------------------------------------------------------
 
 
 def test_the_classes_of_a_plan_take_turns(tmp_path):
-    drawer = tiny_drawer(classes=[2, 0])
-    samples = SampleSet(tmp_path, drawer.plan, 11)
-    assert samples.labels == [2, 0] * 5 + [2]
-    complete(samples, drawer)
+    sampler = tiny_sampler(classes=[2, 0])
+    samples = make_set(tmp_path, sampler, 11)
+    assert samples.labels == sampler.labels(range(11)) == [2, 0] * 5 + [2]
+    complete(samples, sampler)
     with np.load(tmp_path / "samples.npz") as saved:
         assert saved["arr_1"].tolist() == samples.labels
-        settings = {k: drawer.plan[k] for k in SETTINGS}
-        images = generate(drawer.transformer, drawer.tokenizer, samples.labels, **settings)
+        networks = sampler.transformer, sampler.tokenizer
+        images = generate(*networks, samples.labels, **sampler.settings)
         assert np.array_equal(saved["arr_0"], to_uint8(images).permute(0, 2, 3, 1).numpy())
 
 
-def see(ids, samples):
-    """Of each sample its number and its mean, and where it has token maps the finest."""
-    mean = samples.images.flatten(1).mean(dim=1)
-    seen = {"features": torch.stack([torch.tensor(ids).float(), mean], dim=1)}  # (n, 2)
-    return seen | ({"scale_features": samples.indices[-1]} if samples.indices else {})
+class Means:
+    """Has of each sample its label and its mean, and where it has token maps the finest."""
+
+    def extract_features(self, tokenizer, samples, labels, per_scale):
+        mean = samples.images.flatten(1).mean(dim=1)
+        features = {"features": torch.stack([labels.float(), mean], dim=1)}  # (n, 2)
+        return features | ({"scale_features": samples.indices[-1]} if per_scale else {})
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("num_per_scale", [0, 5, 20])
-def test_what_was_seen_comes_once_and_in_order_whatever_the_batches_were(
-    num_per_scale, kind, drawer, tmp_path
+def test_features_come_once_and_in_order_however_often_it_was_stopped(
+    num_per_scale, kind, sampler, tmp_path
 ):
-    """Batches of 16, then of 8, then of 24, each time but for the last broken off: they overlap."""
+    """In batches of 16, then of 8, broken off twice: those of another size are drawn again."""
     about = {"scores": {"network": "x"}, "num_per_scale": num_per_scale}
-    samples = SampleSet(tmp_path, drawer.plan, 30, **kind, **about)
-    for batch_size in (16, 8):
+    for batch_size in (16, 8, 8):
+        samples = make_set(tmp_path, sampler, 30, batch_size=batch_size, **kind, **about)
         samples.begin()
-        for job in samples.jobs(batch_size)[1:2]:
-            samples.fill(job, drawer.draw, see)
+        for batch in samples.missing()[1:2]:
+            samples.fill(batch, sampler, Means())
     samples.begin()
-    for job in samples.jobs(24):
-        samples.fill(job, drawer.draw, see)
-    for run in samples.parts["seen"].runs():  # what no figure needs takes no room
-        kept_per_scale = "scale_features" in samples.parts["seen"].read(run)
-        assert kept_per_scale == (run.start < num_per_scale)
-    found = list(samples.seen())
+    missing = samples.missing()
+    assert [batch.start for batch in missing] == [0, 24]
+    for batch in missing:
+        samples.fill(batch, sampler, Means())
+    found = list(samples.features())
     ids = torch.cat([ids for ids, _ in found])
     assert ids.tolist() == list(range(30))
-    features = torch.cat([seen["features"] for _, seen in found])
-    assert features[:, 0].tolist() == list(range(30))
-    drawn = to_uint8(drawer.draw(range(30)).images) / 255
+    features = torch.cat([features["features"] for _, features in found])
+    assert features[:, 0].tolist() == samples.labels
+    drawn = to_uint8(sampler.sample_batch(range(30)).images) / 255
     assert torch.allclose(features[:, 1], drawn.flatten(1).mean(dim=1))
-    per_scale = [ids for ids, seen in found if "scale_features" in seen]
+    per_scale = [ids for ids, features in found if "scale_features" in features]
     assert [i for ids in per_scale for i in ids.tolist()] == list(range(num_per_scale))

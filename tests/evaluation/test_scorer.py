@@ -41,30 +41,34 @@ def part(samples, where):
 
 
 def scorer(network, reference, tokenizer, **others):
-    judge = ("mean", lambda images: (images.mean(dim=(1, 2, 3)) > 0).long())
-    return SampleScorer(network, reference, tokenizer.schedule, judge, **others)
+    classifier = ("mean", lambda images: (images.mean(dim=(1, 2, 3)) > 0).long())
+    return SampleScorer(network, reference, tokenizer.schedule, classifier, **others)
+
+
+def count(scorer, ids, tokenizer, *samples, **options):
+    scorer.update(ids, scorer.extract_features(tokenizer, *samples, **options))
 
 
 def test_scores_do_not_depend_on_the_batches_or_their_order(network, reference, tokenizer, samples):
     labels = torch.arange(30) % 2
     whole, parts = (scorer(network, reference, tokenizer) for _ in range(2))
-    whole.add(torch.arange(30), whole.see(tokenizer, samples, labels))
+    count(whole, torch.arange(30), tokenizer, samples, labels)
     for ids in torch.randperm(30).split(7):
-        parts.add(ids, parts.see(tokenizer, part(samples, ids), labels[ids]))
+        count(parts, ids, tokenizer, part(samples, ids), labels[ids])
     one, other = whole.compute(), parts.compute()
     assert one == pytest.approx(other, rel=1e-6)
     assert {"fid_projection", "recall_projection", "class_accuracy_mean"} < set(one)
 
 
-def test_what_was_seen_can_be_added_later_and_elsewhere(network, reference, tokenizer, samples):
+def test_features_can_be_counted_later_and_elsewhere(network, reference, tokenizer, samples):
     first, second = (scorer(network, reference, tokenizer) for _ in range(2))
-    seen = first.see(tokenizer, samples, torch.zeros(30), per_scale=True)
-    assert all(len(tensor) == 30 and tensor.device.type == "cpu" for tensor in seen.values())
-    first.add(torch.arange(30), seen)
-    second.add(torch.arange(30), {name: tensor.clone() for name, tensor in seen.items()})
+    features = first.extract_features(tokenizer, samples, torch.zeros(30), per_scale=True)
+    assert all(len(tensor) == 30 and tensor.device.type == "cpu" for tensor in features.values())
+    first.update(torch.arange(30), features)
+    second.update(torch.arange(30), {name: tensor.clone() for name, tensor in features.items()})
     assert first.compute() == second.compute()
     first.reset()
-    first.add(torch.arange(30), seen)
+    first.update(torch.arange(30), features)
     assert first.compute() == second.compute()
 
 
@@ -72,7 +76,7 @@ def test_the_score_after_a_scale_is_that_of_the_images_decoded_from_it(
     network, reference, tokenizer, samples
 ):
     ours = scorer(network, reference, tokenizer)
-    ours.add(torch.arange(30), ours.see(tokenizer, samples, torch.zeros(30), per_scale=True))
+    count(ours, torch.arange(30), tokenizer, samples, torch.zeros(30), per_scale=True)
     found = ours.compute()
     for k, name in enumerate(map(str, SCALES)):
         # By as many rows: the network sees 8 bits, and another rounding may be another pixel.
@@ -85,12 +89,14 @@ def test_the_score_after_a_scale_is_that_of_the_images_decoded_from_it(
     assert found["fid_projection"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_only_the_samples_seen_per_scale_count_there(network, reference, tokenizer, samples):
+def test_only_the_samples_that_are_scored_per_scale_count_there(
+    network, reference, tokenizer, samples
+):
     ours, few = (scorer(network, reference, tokenizer) for _ in range(2))
     first, rest = part(samples, slice(10)), part(samples, slice(10, 30))
-    ours.add(torch.arange(10), ours.see(tokenizer, first, torch.zeros(10), per_scale=True))
-    ours.add(torch.arange(10, 30), ours.see(tokenizer, rest, torch.zeros(20)))
-    few.add(torch.arange(10), few.see(tokenizer, first, torch.zeros(10), per_scale=True))
+    count(ours, torch.arange(10), tokenizer, first, torch.zeros(10), per_scale=True)
+    count(ours, torch.arange(10, 30), tokenizer, rest, torch.zeros(20))
+    count(few, torch.arange(10), tokenizer, first, torch.zeros(10), per_scale=True)
     ours, few = ours.compute(), few.compute()
     assert ours["fid_projection_scale_5"] == few["fid_projection_scale_5"]
     assert ours["fid_projection"] != few["fid_projection"]
@@ -105,14 +111,14 @@ def test_copies_of_training_images_show_in_the_ratio_of_neighbours(
         (held_out.features[:30], 0.5, 2.0),
     ):
         ours = scorer(network, reference, tokenizer, held_out=held_out)
-        ours.add(torch.arange(30), {"features": features, "right": torch.ones(30)})
+        ours.update(torch.arange(30), {"features": features, "right": torch.ones(30)})
         assert low <= ours.compute()["neighbour_ratio_projection"] <= high
 
 
 def test_with_too_few_real_images_precision_and_recall_are_left_out(network, tokenizer, samples):
     few = reference_of(network(torch.rand(3, 3, 10, 10)).features)
     ours = scorer(network, few, tokenizer, settings=ScoreSettings(num_neighbours=3))
-    ours.add(torch.arange(30), ours.see(tokenizer, samples, torch.zeros(30)))
+    count(ours, torch.arange(30), tokenizer, samples, torch.zeros(30))
     found = ours.compute()
     assert "kid_projection" in found and "precision_projection" not in found
     assert all(np.isfinite(value) for value in found.values())

@@ -133,7 +133,7 @@ def test_every_transformer_takes_every_option(name):
     cfg = composed("train", f"transformer={name}", "scales=var_256", *arguments)
     with torch.device("meta"):
         network = instantiate(cfg.transformer, _convert_="all")
-    assert options.items() <= network.spec.items()
+    assert options.items() <= network.config.items()
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_every_set_of_images_gets_networks_that_fit(name):
     modules = build_networks(cfg)
     source, tokenizer = source_of(cfg), modules["tokenizer"].tokenizer
     tokenizer.schedule.check_image(source.image_size, tokenizer.encoder.stride)
-    assert tokenizer.encoder.spec["in_channels"] == source.channels
+    assert tokenizer.encoder.config["in_channels"] == source.channels
     assert modules["var"].transformer.num_classes == source.num_classes
 
 
@@ -238,8 +238,8 @@ def test_every_experiment_opens_with_its_command_and_that_command_works(name):
     assert resolved(composed("train", *arguments))
     # What lies in files of others is left out: the published tokenizer, VGG's and DINO's weights.
     without_files = ["tokenizer_ckpt=null", "stages=[tokenizer,var]"]
-    without_files += ["model.tokenizer.module.loss.lpips=0"]
-    without_files += ["model.tokenizer.module.loss.perceptual=null"]
+    without_files += ["model.tokenizer.loss.lpips=0"]
+    without_files += ["model.tokenizer.loss.perceptual=null"]
     build_networks(composed("train", *arguments, *without_files))
 
 
@@ -257,7 +257,7 @@ PAPER = {
 def test_the_papers_runs_have_the_published_recipe(name):
     cfg = composed("train", f"experiment={name}")
     depth, batch, epochs, base, final, gate_init, decay, pixels = PAPER[name]
-    model, module = cfg.model.var, cfg.model.var.module
+    model, module = cfg.model.var, cfg.model.var
     assert (model.batch_size, model.epochs) == (batch, epochs)
     assert module.optimizer.lr == pytest.approx(base * batch / 256)
     assert list(module.optimizer.betas) == [0.9, 0.95]
@@ -265,8 +265,8 @@ def test_the_papers_runs_have_the_published_recipe(name):
     assert type(schedule) is LinearSchedule and schedule.final == final
     assert (schedule.warmup, schedule.start, schedule.hold) == (0.02, 0.005, 0.05)
     assert (module.weight_decay, module.final_weight_decay) == (0.05, decay)
-    assert (module.clip, module.label_drop, module.label_smoothing) == (2.0, 0.1, 0.0)
-    assert module.average_decay == 0 and module.progressive is None and module.corrupt == 0
+    assert (module.clip, module.class_dropout_prob, module.label_smoothing) == (2.0, 0.1, 0.0)
+    assert module.ema_decay == 0 and module.progressive is None and module.self_correction_prob == 0
     assert (cfg.transformer.depth, cfg.transformer.gate_init) == (depth, gate_init)
     assert cfg.transformer.drop_path == pytest.approx(0.1 * depth / 24, abs=1e-6)
     assert cfg.transformer.block == ("shared_adaln" if depth == 36 else "adaln")
@@ -313,7 +313,7 @@ def test_epochs_are_counted_in_whole_batches():
 @every("adversary")
 def test_every_adversary_is_described(name):
     cfg = composed("train", f"adversary={name}")
-    assert cfg.model.tokenizer.module.adversary == cfg.adversary
+    assert cfg.model.tokenizer.adversary == cfg.adversary
     if name == "patchgan":
         module = build_networks(composed("train", "adversary=patchgan", "data=shapes"))["tokenizer"]
         assert module.adversary.factor(0, 100) == 0 and module.adversary.factor(99, 100) == 1

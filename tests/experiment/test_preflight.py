@@ -16,7 +16,7 @@ from var_exp.experiment.build import PERCEPTUAL, without_parts
 from var_exp.experiment.config.checks import trained
 from var_exp.experiment.preflight.images import balance_of, look
 from var_exp.experiment.preflight.report import Findings
-from var_exp.experiment.preflight.resources import needs_of, parameters_of, ready
+from var_exp.experiment.preflight.resources import estimate_memory, parameters_of, ready
 
 FOLDER = ["data=image_folder", "data.image_size=32", "scales.patch_nums=[1,2,4]"]
 GB = 10**9
@@ -121,25 +121,20 @@ def test_every_mistake_of_a_job_is_found_in_one_run(images, tmp_path, monkeypatc
         tmp_path,
         *FOLDER,
         f"data.root={images}",
-        "sampling.top_p=2",
         "trainer.precision=16-true",
         "objective=none/loss",
         "evaluation=inception",
         "evaluation.reference=nowhere.npz",
-        "evaluation.num_samples=1",
         "adversary=dino",
-        "model.tokenizer.module.loss.lpips=1",
-        "+model.tokenizer.module.loss.perceptual._target_=var_exp.tokenizer.lpips.LPIPS",
+        "model.tokenizer.loss.lpips=1",
+        "+model.tokenizer.loss.perceptual._target_=var_exp.tokenizer.lpips.LPIPS",
         "transformer.num_heads=3",
-        "model.var.module.label_drop=2",
     )
     errors, warnings = said(done, "error"), said(done, "warning")
     assert done.code == 1
     for named in (
-        ["top_p", "got 2"],
         ["trainer.precision", "'16-true'"],
         ["objective", "'none/loss'"],
-        ["evaluation", "num_samples", "1"],
         ["evaluation.reference", "nowhere.npz"],
         ["Inception", "weights-inception", "is missing", "evaluation.weights=PATH"],
         ["VGG", "vgg16", "is missing", "loss.perceptual.weights=PATH"],
@@ -148,12 +143,22 @@ def test_every_mistake_of_a_job_is_found_in_one_run(images, tmp_path, monkeypatc
         ["disk", "free at", str(tmp_path / "runs")],
         ["no permission", str(tmp_path), "runs/image_folder/"],
         ["train images cannot be used", "cannot read the image", f"{images}/cats/"],
-        ["memory: a training step of stage tokenizer", "micro_batch", "1.0 kB"],
+        ["memory: a training step of stage tokenizer", "micro_batch_size", "1.0 kB"],
     ):
         assert_one(errors, *named)
     assert_one(warnings, "this machine has 3 GPUs", "CPU")
     assert_one(warnings, "classes are uneven", "(dogs)", "(cats)")
     assert f"{len(errors)} errors, {len(warnings)} warnings" in done.out
+
+
+def test_values_out_of_range_are_all_named_before_anything_else_is_looked_at(tmp_path):
+    done = run(
+        *("train", "check=true", f"runs_dir={tmp_path}", "evaluation.num_samples=1"),
+        *("sampling.top_p=2", "model.var.class_dropout_prob=2"),
+    )
+    (line,) = done.err.splitlines()
+    for named in ("evaluation.num_samples: ", "sampling.top_p: ", "module.class_dropout_prob: "):
+        assert named in line and done.code == 1
 
 
 @pytest.mark.parametrize(
@@ -207,7 +212,7 @@ def test_a_trainer_for_gpus_is_checked_where_there_are_none(tmp_path, monkeypatc
 
 def test_an_unknown_kind_of_check_is_refused(tmp_path):
     done = run("train", "check=some", f"runs_dir={tmp_path}/runs", *QUICK)
-    assert done.code == 1 and "false, true or all, got 'some'" in done.err
+    assert done.code == 1 and "expected true or false or 'all', got 'some'" in done.err
     assert not list(tmp_path.rglob("digits"))
 
 
@@ -277,7 +282,7 @@ def test_the_step_of_a_small_experiment_is_measured_as_a_gpu_would_take_it():
     source = instantiate(cfg.data, _convert_="all")
     tokenizer = build.new_tokenizer(cfg, source, "meta")
     module = build.module(cfg.model.tokenizer, {"tokenizer": tokenizer})
-    needs = needs_of(
+    needs = estimate_memory(
         ready(module),
         image_shape=(3, 32, 32),
         share=128,

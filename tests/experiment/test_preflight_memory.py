@@ -18,12 +18,12 @@ from var_exp.experiment.preflight.resources import (
     cache_of,
     checkpoints_bytes,
     devices_of,
+    estimate_memory,
     moments_of,
-    needs_of,
     parameters_of,
     ready,
 )
-from var_exp.tokenizer.adversarial_loss import Adversary
+from var_exp.tokenizer.adversarial_loss import AdversarialLoss
 from var_exp.tokenizer.discriminator import PatchGAN
 
 SHAPE = (1, 16, 16)
@@ -33,9 +33,9 @@ BOTH = pytest.mark.parametrize("stage", ["tokenizer", "var"])
 
 def module_of(stage, **changes):
     if stage == "tokenizer":
-        game = Adversary(PatchGAN(width=8, num_layers=1), start=0, ramp=0, lecam=0.1)
+        game = AdversarialLoss(PatchGAN(width=8, num_layers=1), start=0, ramp=0, lecam=0.1)
         changes = {"adversary": game} | changes
-    return make_module(stage, average_decay=0.9, **changes)
+    return make_module(stage, ema_decay=0.9, **changes)
 
 
 def for_real(module, number, precision="32-true"):
@@ -46,12 +46,12 @@ def for_real(module, number, precision="32-true"):
 
 
 @BOTH
-@pytest.mark.parametrize("micro_batch", [None, 4, 16])
-def test_the_bytes_kept_for_backward_are_those_of_a_real_step(stage, micro_batch):
-    module = module_of(stage, micro_batch=micro_batch)
+@pytest.mark.parametrize("micro_batch_size", [None, 4, 16])
+def test_the_bytes_kept_for_backward_are_those_of_a_real_step(stage, micro_batch_size):
+    module = module_of(stage, micro_batch_size=micro_batch_size)
     counted = rehearse(module, SHAPE, 12, NUM_BATCHES, "32-true")
     real = for_real(module, 12)  # three micro-batches of 4
-    labels = 0 if micro_batch is None else 8 * 12  # of the whole batch, in each part of it
+    labels = 0 if micro_batch_size is None else 8 * 12  # of the whole batch, in each part of it
     assert counted.kept == pytest.approx(real.kept, abs=labels) and real.kept > 100_000
     assert counted.most == pytest.approx(real.most, rel=0.01)
     assert counted.most > counted.kept
@@ -86,15 +86,15 @@ def test_on_a_gpu_no_way_of_attending_keeps_its_weights():
         module = module_of("var", dropout=0.0, attention=attention)
         return rehearse(module, SHAPE, 12, NUM_BATCHES, "bf16-mixed", accelerator).kept
 
-    (on_gpu,) = {kept(attention, "gpu") for attention in ("auto", "mask", "segments", "flex")}
-    assert on_gpu == kept("mask", "cpu") < kept("segments", "cpu")
+    (on_gpu,) = {kept(attention, "gpu") for attention in ("auto", "mask", "per_scale", "flex")}
+    assert on_gpu == kept("mask", "cpu") < kept("per_scale", "cpu")
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
 def test_blocks_that_are_computed_anew_are_not_held_until_the_backward_pass(accelerator):
     held = []
     for share in (0.0, 1.0):
-        module = make_module("var", recompute=share)
+        module = make_module("var", activation_checkpointing=share)
         held.append(rehearse(module, SHAPE, 12, NUM_BATCHES, "bf16-mixed", accelerator).most)
     assert held[1] < held[0]
 
@@ -112,7 +112,7 @@ def test_shared_memory_is_counted_once_and_weights_not_at_all():
 
 def test_a_micro_batch_keeps_its_share_of_what_the_whole_batch_would():
     whole, micro = (
-        rehearse(module_of("var", micro_batch=size), SHAPE, 12, NUM_BATCHES, "32-true").kept
+        rehearse(module_of("var", micro_batch_size=size), SHAPE, 12, NUM_BATCHES, "32-true").kept
         for size in (None, 4)
     )
     assert micro == pytest.approx(whole / 3, rel=0.1)
@@ -148,7 +148,7 @@ def test_moments_are_those_of_a_real_optimizer_after_a_step(stage, make):
 
 @BOTH
 def test_a_checkpoint_is_as_large_as_the_one_that_is_written(stage, digits, tmp_path):
-    needs = needs_of(ready(make_module(stage)), **options())
+    needs = estimate_memory(ready(make_module(stage)), **options())
     run(stage, digits, tmp_path)
     written = (tmp_path / stage / "last.ckpt").stat().st_size
     assert needs.checkpoint < written < needs.checkpoint + 400_000  # names and plain data
@@ -171,7 +171,7 @@ def options(**changes):
 
 def test_every_byte_of_a_module_is_counted_where_it_belongs():
     module = module_of("tokenizer", optimizer=functools.partial(AdamW, lr=0.1))
-    needs = needs_of(ready(module), **options())
+    needs = estimate_memory(ready(module), **options())
     network = bytes_of([*module.tokenizer.parameters(), *module.tokenizer.buffers()])
     adversary = bytes_of([*module.adversary.parameters(), *module.adversary.buffers()])
     assert (needs.weights, needs.average, needs.others) == (network, network, adversary)
@@ -200,7 +200,7 @@ def test_keys_and_values_are_those_of_samples_with_and_without_their_class():
 
 
 def test_shards_split_what_is_trained_and_data_parallelism_does_not():
-    one = needs_of(ready(module_of("var")), **options())
+    one = estimate_memory(ready(module_of("var")), **options())
     assert one.shared(Devices(1, 1)) == one
     ddp, fsdp = one.shared(Devices(2, 2, 1, True)), one.shared(Devices(2, 2, 4))
     assert ddp.weights == one.weights and ddp.gradients == 2 * one.gradients

@@ -83,13 +83,13 @@ SMALL = [
     *("adversary.discriminator.width=8", "adversary.discriminator.num_layers=2"),
     *("adversary.start=2", "adversary.ramp=1", "datamodule.num_workers=0", "logger=csv"),
     *("model.tokenizer.batch_size=4", "model.tokenizer.epochs=1", "model.tokenizer.val_every=3"),
-    "model.tokenizer.module.micro_batch=2",
+    "model.tokenizer.micro_batch_size=2",
 ]
 
 
 def test_the_tokenizers_recipe_trains_small_on_a_cpu(tmp_path, vgg):
     options = [f"data.root={write_images(tmp_path / 'images')}", *SMALL, *places(tmp_path)]
-    options.append(f"model.tokenizer.module.loss.perceptual.weights={vgg}")
+    options.append(f"model.tokenizer.loss.perceptual.weights={vgg}")
     done = run("train", "stages=[tokenizer]", "experiment=imagenet256_tokenizer", *options)
     assert done.code == 0, done.err
     found = figures(tmp_path / "run")
@@ -118,8 +118,8 @@ def test_the_tokenizers_recipe_trains_small_on_a_cpu(tmp_path, vgg):
 
 def test_the_adm_crop_is_named_in_the_reconstruction_fid(tmp_path):
     options = [f"data.root={write_images(tmp_path / 'images')}", *SMALL, *places(tmp_path)]
-    options += ["model.tokenizer.module.loss.lpips=0", "data.crop=adm"]
-    options += ["model.tokenizer.module.loss.perceptual=null"]
+    options += ["model.tokenizer.loss.lpips=0", "data.crop=adm"]
+    options += ["model.tokenizer.loss.perceptual=null"]
     done = run("train", "experiment=imagenet256_tokenizer", *options)
     assert done.code == 0, done.err
     assert "tokenizer/rfid_classifier_adm" in figures(tmp_path / "run")
@@ -127,7 +127,7 @@ def test_the_adm_crop_is_named_in_the_reconstruction_fid(tmp_path):
 
 REFUSED = {
     "vgg": (
-        ["model.tokenizer.module.loss.perceptual.weights=nowhere/vgg16.pth"],
+        ["model.tokenizer.loss.perceptual.weights=nowhere/vgg16.pth"],
         "nowhere/vgg16.pth is missing",
     ),
     "dino": (
@@ -135,8 +135,8 @@ REFUSED = {
             *("~adversary.discriminator.width", "~adversary.discriminator.num_layers"),
             "adversary.discriminator._target_=var_exp.tokenizer.discriminator.DinoDiscriminator",
             "+adversary.discriminator.weights=nowhere/dino.pth",
-            "model.tokenizer.module.loss.lpips=0",
-            "model.tokenizer.module.loss.perceptual=null",
+            "model.tokenizer.loss.lpips=0",
+            "model.tokenizer.loss.perceptual=null",
         ],
         "nowhere/dino.pth is missing",
     ),
@@ -173,7 +173,7 @@ def test_a_handful_of_images_is_enough(tmp_path):
 
 
 def test_a_progressive_plan_that_never_reaches_the_last_scale_is_refused(tmp_path):
-    plan = "model.var.module.progressive={_target_:var_exp.training.progressive.ProgressiveScales,"
+    plan = "model.var.progressive={_target_:var_exp.training.progressive.ProgressiveScales,"
     done = run("train", plan + "first:1,until:0.99}", *QUICK, *places(tmp_path))
     assert done.code == 1
     (line,) = done.errors
@@ -183,15 +183,15 @@ def test_a_progressive_plan_that_never_reaches_the_last_scale_is_refused(tmp_pat
 
 def test_every_option_of_the_transformers_training_is_one_override(tmp_path):
     options = [
-        "model.var.module.progressive="
+        "model.var.progressive="
         "{_target_:var_exp.training.progressive.ProgressiveScales,first:1,until:0.5}",
-        *("model.var.module.label_smoothing=0.1", "model.var.module.scale_weights=[4,3,2,1]"),
-        *("stages=[tokenizer,var]", "model.var.module.corrupt=0.2"),  # which takes images
-        *("model.var.module.micro_batch=8", "model.var.module.recompute=0.5"),
-        *("model.var.module.attention=segments", "model.var.module.optimizer.fused=false"),
-        *("model.var.module.final_weight_decay=0.08", "transformer.rope=true"),
-        *("transformer.mlp=swiglu", "transformer.norm=rms", "model.var.module.weights=raw"),
-        *("model.var.module.scaling_law=true", "+expected={var/loss:[4.0,5.0]}"),
+        *("model.var.label_smoothing=0.1", "model.var.scale_weights=[4,3,2,1]"),
+        *("stages=[tokenizer,var]", "model.var.self_correction_prob=0.2"),  # which takes images
+        *("model.var.micro_batch_size=8", "model.var.recompute=0.5"),
+        *("model.var.attention=per_scale", "model.var.optimizer.fused=false"),
+        *("model.var.final_weight_decay=0.08", "transformer.rope=true"),
+        *("transformer.mlp=swiglu", "transformer.norm=rms", "model.var.weights=raw"),
+        *("model.var.scaling_law=true", "+expected={var/loss:[4.0,5.0]}"),
     ]
     done = run("train", *options, *QUICK, *places(tmp_path))
     assert done.code == 0, done.err

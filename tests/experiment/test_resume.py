@@ -2,7 +2,7 @@
 
 import pytest
 
-from var_exp.experiment.resume import MISSING, Change, check_changes, is_begun_anew, mark_begun_anew
+from var_exp.experiment.resume import MISSING, Change, check_changes, has_restarted, mark_restarted
 
 WAS = {
     "seed": 0,
@@ -26,7 +26,7 @@ def changed(key, value):
 
 def with_module(**options):
     """The configuration with these options of the module of stage two."""
-    return changed("model.var.module", options)
+    return changed("model.var", options)
 
 
 def found(now, begun=("tokenizer", "var"), same_code=True):
@@ -35,12 +35,16 @@ def found(now, begun=("tokenizer", "var"), same_code=True):
 
 @pytest.mark.parametrize(
     "name, value, other",
-    [("recompute", 0.0, 1.0), ("attention", "mask", "flex"), ("compile", False, True)],
+    [
+        ("activation_checkpointing", 0.0, 1.0),
+        ("attention", "mask", "flex"),
+        ("compile", False, True),
+    ],
 )
 def test_how_blocks_are_computed_may_change_and_is_told(name, value, other):
     was, now = with_module(**{name: value}), with_module(**{name: other})
     (change,) = check_changes("runs/x", was, now, ("var",), True)
-    assert str(change) == f"model.var.module.{name} {value} -> {other}"
+    assert str(change) == f"model.var.{name} {value} -> {other}"
 
 
 @pytest.mark.parametrize("key, value", [("trainer.devices", 4), ("model.var.save_every", 9)])
@@ -55,7 +59,7 @@ def test_what_decides_on_no_weight_is_told(key, value):
         ("model.var.lr", 0.1),
         ("transformer.dropout", 0.1),  # that was null
         ("trainer.gradient_clip_val", 1),  # that was not there
-        ("model.var.module", {"weight": 2}),
+        ("model.var", {"weight": 2}),
     ],
 )
 def test_what_decides_on_the_weights_is_refused_by_name(key, value):
@@ -92,16 +96,16 @@ def test_what_a_stage_that_has_not_begun_is_trained_with_may_change():
 def test_a_job_that_began_anew_goes_on_when_it_is_started_again(counter, tmp_path, monkeypatch):
     monkeypatch.delenv("VAR_EXP_START", raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert not is_begun_anew(tmp_path)
-    mark_begun_anew(tmp_path)
-    assert not is_begun_anew(tmp_path)  # the same shell, asked once more
+    assert not has_restarted(tmp_path)
+    mark_restarted(tmp_path)
+    assert not has_restarted(tmp_path)  # the same shell, asked once more
     monkeypatch.setenv(counter, "1")
-    assert is_begun_anew(tmp_path)
+    assert has_restarted(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "8")
-    assert not is_begun_anew(tmp_path)
+    assert not has_restarted(tmp_path)
 
 
 def test_a_job_that_was_stopped_before_it_began_anew_still_does(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert not is_begun_anew(tmp_path)
+    assert not has_restarted(tmp_path)

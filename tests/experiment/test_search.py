@@ -17,7 +17,7 @@ from var_exp.experiment.search.space import parse
 from var_exp.io.lock import locked
 from var_exp.training.resume import newest_path
 
-LR = "model.var.module.optimizer.lr=tag(log, interval(1e-4, 1e-2))"
+LR = "model.var.optimizer.lr=tag(log, interval(1e-4, 1e-2))"
 SPACE = [LR, "transformer.depth=choice(2,4)", "seed=range(0,10,2)", "objective=var/loss"]
 
 
@@ -37,9 +37,7 @@ class Runs:
         self.seen.append((run_dir.name, given))
         code = self.codes.pop(0) if self.codes else 0
         if code == 0:
-            loss = float(given["model.var.module.optimizer.lr"]) + (
-                given["transformer.depth"] == "2"
-            )
+            loss = float(given["model.var.optimizer.lr"]) + (given["transformer.depth"] == "2")
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "metrics.json").write_text(json.dumps({"var/loss": loss}))
         return code
@@ -51,12 +49,12 @@ def test_overrides_of_several_values_are_searched_over_and_the_others_stay(tmp_p
     assert [name for name, _ in runs.seen] == [str(i) for i in range(12)]
     for _, given in runs.seen:
         assert given["data"] == "digits" and given["objective"] == "var/loss"
-        assert 1e-4 <= float(given["model.var.module.optimizer.lr"]) <= 1e-2
+        assert 1e-4 <= float(given["model.var.optimizer.lr"]) <= 1e-2
         assert given["transformer.depth"] in ("2", "4") and given["seed"] in "02468"
-    assert len({given["model.var.module.optimizer.lr"] for _, given in runs.seen}) == 12
+    assert len({given["model.var.optimizer.lr"] for _, given in runs.seen}) == 12
     said = capsys.readouterr().out
     deep = [given for _, given in runs.seen if given["transformer.depth"] == "4"]
-    best = min(float(given["model.var.module.optimizer.lr"]) for given in deep)
+    best = min(float(given["model.var.optimizer.lr"]) for given in deep)
     assert "the best of 12 trials" in said and f"{best}" in said.splitlines()[2]
 
 
@@ -92,7 +90,7 @@ def test_an_interrupted_search_finishes_the_trial_that_it_was_at_and_remembers(s
         ("a=interval(1, 8)", "a", "Float", dict(low=1.0, high=8.0, step=None, log=False)),
         ("a=int(interval(1, 8))", "a", "Int", dict(low=1, high=8, step=1, log=False)),
         ("a=tag(log, int(interval(1, 8)))", "a", "Int", dict(low=1, high=8, log=True)),
-        (LR.replace("model.var.module.optimizer.lr", "a"), "a", "Float", dict(high=1e-2, log=True)),
+        (LR.replace("model.var.optimizer.lr", "a"), "a", "Float", dict(high=1e-2, log=True)),
         ("a=range(1, 9, 3)", "a", "Int", dict(low=1, high=7, step=3)),
         ("a=range(10, 0, -3)", "a", "Int", dict(low=1, high=10, step=3)),
         ("a=range(0, 1, 0.25)", "a", "Float", dict(low=0.0, high=0.75, step=0.25)),
@@ -176,7 +174,7 @@ def test_a_real_search_ends_with_the_best_run(tmp_path, capsys):
         return command.run("train", *overrides, f"run_dir={run_dir}").code
 
     fixed = [*QUICK, "objective=tokenizer/psnr", "stages=[tokenizer]", f"runs_dir={tmp_path}"]
-    rate = "model.tokenizer.module.optimizer.lr=choice(0.0,3e-3)"
+    rate = "model.tokenizer.optimizer.lr=choice(0.0,3e-3)"
     main(["2", str(tmp_path / "s"), rate, *fixed, "--maximize", "--seed=1"], run)
     figures = [json.loads((tmp_path / f"s/{i}/metrics.json").read_text()) for i in (0, 1)]
     best = max(figure["tokenizer/psnr"] for figure in figures)
@@ -188,7 +186,7 @@ def test_a_real_search_ends_with_the_best_run(tmp_path, capsys):
 slow = pytest.mark.slow  # each takes whole runs
 REAL = [*QUICK, "objective=tokenizer/l2", "stages=[tokenizer]"]
 REAL += ["model.tokenizer.num_batches=12", "model.tokenizer.val_every=6"]
-REAL += ["model.tokenizer.module.optimizer.lr=tag(log, interval(1e-4, 1e-2))"]
+REAL += ["model.tokenizer.optimizer.lr=tag(log, interval(1e-4, 1e-2))"]
 
 
 def start(folder):

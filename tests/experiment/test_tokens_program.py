@@ -24,7 +24,7 @@ def test_codes_alone_are_made_for_a_run_to_come(trained, tmp_path):
     assert done.code == 0, done.err
     assert "encoding 1,797 images (1,437 to train on, 360 to validate): 115.0 kB in" in done.err
     assert files(tmp_path / "run" / "tokens") == files(trained / "tokens")
-    assert json.loads((tmp_path / "run/tokens/key.json").read_text())["num_val"] == 360
+    assert json.loads((tmp_path / "run/tokens/tokens.json").read_text())["key"]["num_val"] == 360
 
 
 def test_begun_anew_the_codes_of_the_run_are_made_anew(copied, tmp_path):
@@ -33,7 +33,7 @@ def test_begun_anew_the_codes_of_the_run_are_made_anew(copied, tmp_path):
     done = run("train", *options, "model.tokenizer.num_batches=3")
     assert done.code == 0, done.err
     after = files(copied / "tokens")
-    assert after.keys() == before.keys() and after["key.json"] != before["key.json"]
+    assert after.keys() == before.keys() and after["tokens.json"] != before["tokens.json"]
 
 
 def test_mistakes_are_named_before_anything_is_trained(trained, tmp_path):
@@ -41,7 +41,7 @@ def test_mistakes_are_named_before_anything_is_trained(trained, tmp_path):
     for wrong, said in [
         (["tokens.views=0"], "tokens.views"),
         (["tokens.batch_size=0"], "tokens.batch_size"),
-        (["model.var.module.corrupt=0.1"], "model.var.module.corrupt=0.1"),
+        (["model.var.self_correction_prob=0.1"], "model.var.self_correction_prob=0.1"),
         (["stages=[var,tokens]"], "stages: expected [tokenizer,tokens,var]"),
         (["stages=[tokens]", "objective=var/loss", f"tokenizer_ckpt={trained}"], "objective"),
         (["tokens.dir=/dev/null/x"], "tokens"),

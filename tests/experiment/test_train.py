@@ -66,7 +66,7 @@ def test_a_run_leaves_the_documented_folders_and_nothing_else(trained):
     assert names(trained) == expected | {"metrics.json", "environment.json", "report.html"}
     assert names(trained / ".hydra") == {"config.yaml", "hydra.yaml", "overrides.yaml"}
     kept = {"best.ckpt", "last.ckpt", "previous.ckpt"}
-    assert names(trained / "tokens") == {"key.json", "tokens.json", *PARTS}
+    assert names(trained / "tokens") == {"tokens.json", *PARTS}
     stage = kept | {"curves.png", "pictures", "wandb_id"}
     assert names(trained / "var") == stage
     assert names(trained / "tokenizer") == stage | {"codebook.png"}
@@ -96,10 +96,10 @@ def test_every_picture_shows_something(name, trained):
 def test_the_grid_has_a_row_for_each_class_and_the_strip_a_column_for_each_scale(trained):
     grid = Image.open(trained / "samples" / "grid.png")
     strip = Image.open(trained / "samples" / "coarse_to_fine.png")
-    rebuilt = Image.open(trained / "samples" / "reconstructions.png")
+    reconstructed = Image.open(trained / "samples" / "reconstructions.png")
     assert grid.height > 10 * 64 and grid.width > 10 * 64
     assert strip.height > 10 * 64 and 4 * 64 < strip.width < 7 * 64
-    assert 5 * 64 < rebuilt.height < 7 * 64 and rebuilt.width > 12 * 64
+    assert 5 * 64 < reconstructed.height < 7 * 64 and reconstructed.width > 12 * 64
 
 
 def test_metrics_are_flat_finite_and_name_their_stage(trained):
@@ -278,7 +278,7 @@ def test_image_folder_with_a_folder_for_each_class(tmp_path, hasty):
     networks = load_networks(run_dir)
     assert networks.info["class_names"] == ["apples", "pears", "plums"]
     assert networks.transformer.num_classes == 3
-    assert networks.tokenizer.encoder.spec["in_channels"] == 3
+    assert networks.tokenizer.encoder.config["in_channels"] == 3
 
 
 def test_image_folder_without_classes_trains_and_samples_without_classes(tmp_path, hasty):

@@ -252,10 +252,10 @@ def other_arrays(path: Path, draw: random.Random) -> str:
 
 
 def tokens(draw: random.Random, place: Path, work: Path) -> Mutant:
-    """A token cache: a part, the key or the manifest."""
+    """A token cache: a part, or the record."""
     folder = place / "tokens"
     shutil.copytree(work / "run" / "tokens", folder)
-    key = json.loads((folder / "key.json").read_text())
+    key = json.loads((folder / "tokens.json").read_text())["key"]
     path = draw.choice(sorted(folder.iterdir()))
     if path.suffix == ".json" and draw.random() < 0.6:
         what = odd(path, draw)
@@ -265,7 +265,7 @@ def tokens(draw: random.Random, place: Path, work: Path) -> Mutant:
         what = spoil(path, draw)
     if draw.random() < 0.3:
         (folder / "tokens.json").unlink()
-        what += ", without manifest"
+        what += ", without record"
     feed = unsmuggled(lambda: mend(TokenCache(folder, key), work))
     return Mutant(f"{path.name}: {what}", feed, (path.name, "holds other codes"), place)
 

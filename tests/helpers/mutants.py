@@ -54,10 +54,10 @@ TRAIN = {
     "fsq": ["tokenizer=tiny_fsq"],
     "bsq": ["tokenizer=tiny_bsq"],
     "progressive": [
-        "+model.var.module.progressive._target_=var_exp.training.progressive.ProgressiveScales",
-        "+model.var.module.progressive.first=2",
-        "+model.var.module.progressive.until=0.5",
-        "model.var.module.scale_weights=[1,1,1,1]",
+        "+model.var.progressive._target_=var_exp.training.progressive.ProgressiveScales",
+        "+model.var.progressive.first=2",
+        "+model.var.progressive.until=0.5",
+        "model.var.scale_weights=[1,1,1,1]",
     ],
     "tensorboard": ["logger=tensorboard"],
 }

@@ -70,8 +70,8 @@ def make_run(folder: Path, figures: dict | None = None, config: str = CONFIG, **
     write(folder / ".hydra" / "config.yaml", config)
     write(folder / ".hydra" / "overrides.yaml", "- data=digits\n- seed=7\n")
     write(folder / "environment.json", json.dumps(ENVIRONMENT))
-    recorded = {"tokenizer": protocol(), "var": protocol(**sampling)}
-    metrics = FIGURES | (figures or {}) | {"protocol": recorded}
+    register_config = {"tokenizer": protocol(), "var": protocol(**sampling)}
+    metrics = FIGURES | (figures or {}) | {"protocol": register_config}
     write(folder / "metrics.json", json.dumps(metrics))
     write(folder / "csv" / "tokenizer" / "metrics.csv", table(40, "val/psnr", 29.7))
     write(folder / "csv" / "var" / "metrics.csv", table(60, "val/loss", 3.946))

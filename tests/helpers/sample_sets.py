@@ -9,7 +9,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from helpers.command import files, run
 from helpers.tiny import tiny_tokenizer, tiny_transformer
 from var_exp.evaluation import FeatureNetwork, Features
-from var_exp.evaluation.samples.draw import Drawer, make_plan
+from var_exp.evaluation.sampler import Sampler
 from var_exp.evaluation.samples.sample_set import SampleSet
 
 # A set in three batches, of which the first two are scored after each scale.
@@ -42,23 +42,27 @@ def count_calls(monkeypatch, owner: Any, name: str) -> list[tuple]:
     return calls
 
 
-def tiny_drawer(weights: int = 0, classes="all", precision="32-true", **settings) -> Drawer:
-    """Tiny networks and a plan; other weights are other networks."""
+def tiny_sampler(weights: int = 0, classes="all", precision="32-true", **settings) -> Sampler:
+    """Of tiny networks; other weights are other networks."""
     torch.manual_seed(weights)
     pair = tiny_transformer(), tiny_tokenizer()
-    return Drawer(*pair, make_plan(*pair, classes, precision, SETTINGS | settings))
+    return Sampler(*pair, classes, SETTINGS | settings, precision)
+
+
+def make_set(folder: Path, sampler: Sampler, num_samples: int, **options) -> SampleSet:
+    return SampleSet(folder, sampler.plan(), num_samples, **{"batch_size": 8} | options)
 
 
 def complete(
-    samples: SampleSet, drawer: Drawer, batch_size: int = 8
+    samples: SampleSet, sampler: Sampler, scorer: Any | None = None
 ) -> tuple[str | None, list[int]]:
     """Begin, draw and finish a set, as sample.py does: what it says, and the numbers it draws."""
-    said, drawn = samples.begin(), []
-    for job in samples.jobs(batch_size):
-        samples.fill(job, lambda ids: drawn.extend(ids) or drawer.draw(ids), drawer.see)
-    samples.finish(drawer.tokenizer, NAMES, batch_size)
+    line, missing = samples.begin(), samples.missing()
+    for batch in missing:
+        samples.fill(batch, sampler, scorer)
+    samples.finish(sampler, NAMES)
     samples.clear()
-    return said, drawn
+    return line, [i for batch in missing if batch.draw for i in batch.ids]
 
 
 class Means(FeatureNetwork):

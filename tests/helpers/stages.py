@@ -20,7 +20,7 @@ NUM_BATCHES = 8
 PATCH_NUMS = [1, 2, 8]  # stride 2 of the tiny tokenizer, 16 px of the digits
 
 
-class Interruption(Exception):
+class SignalHandler(Exception):
     pass
 
 
@@ -32,7 +32,7 @@ class Interrupt(Callback):
 
     def on_train_batch_start(self, trainer, module, batch, i):
         if trainer.datamodule.num_batches and progress(trainer) == self.batch:
-            raise Interruption
+            raise SignalHandler
 
 
 class Losses(Callback):
@@ -61,15 +61,15 @@ def progress(trainer):
     return next(c for c in trainer.callbacks if type(c).__name__ == "BatchProgress").batch
 
 
-def make_module(stage, dropout=0.2, loss=None, scale_drop=0.3, **changes):
+def make_module(stage, dropout=0.2, loss=None, quantizer_dropout=0.3, **changes):
     """A module of tiny networks; `changes` are arguments of the module."""
     torch.manual_seed(0)
-    quantizer = tiny_quantizer(PATCH_NUMS, ema=True, num_phi=1, scale_drop=scale_drop)
+    quantizer = tiny_quantizer(PATCH_NUMS, ema=True, num_phi=1, quantizer_dropout=quantizer_dropout)
     tokenizer = tiny_tokenizer(quantizer, channels=1)
     options = {
         "optimizer": functools.partial(AdamW, lr=3e-3),
         "schedule": CosineSchedule(warmup=0.25),
-        "average_decay": 0.5,
+        "ema_decay": 0.5,
     } | changes
     if stage == "tokenizer":
         return TokenizerModule(tokenizer, loss or ReconstructionLoss(), **options)
@@ -83,7 +83,7 @@ def make_module(stage, dropout=0.2, loss=None, scale_drop=0.3, **changes):
         num_heads=2,
         dropout=dropout,
     )
-    return VARModule(transformer, tokenizer, **{"label_drop": 0.3} | options)
+    return VARModule(transformer, tokenizer, **{"class_dropout_prob": 0.3} | options)
 
 
 ONE = {"devices": 1, "precision": "32-true"}
@@ -117,7 +117,7 @@ def run(stage, source, folder, *callbacks, trainer=ONE, codes=None, **changes):
             callbacks=[*callbacks, losses],
             **given,
         )
-    except Interruption:
+    except SignalHandler:
         pass
     return module, losses.seen
 

@@ -5,15 +5,15 @@ import os
 import pytest
 import torch
 
-from var_exp.io.files import read_tensors, replacing
+from var_exp.io.files import atomic_write, read_tensors
 
 
 def test_a_failure_while_writing_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path):
     path = tmp_path / "deep" / "x.txt"
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text("first")
         assert not path.exists() and unfinished.suffix == ".txt"
-    with pytest.raises(RuntimeError), replacing(path) as unfinished:
+    with pytest.raises(RuntimeError), atomic_write(path) as unfinished:
         unfinished.write_text("sec")
         raise RuntimeError
     assert path.read_text() == "first"

@@ -1,17 +1,12 @@
 """Every way to attend computes what the dense mask computes, values and gradients."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 
 from helpers.tiny import tiny_transformer
-from var_exp.ops import attention_cpu as segments
-from var_exp.ops.attention import attend_whole, check_backend, chosen_backend
-from var_exp.ops.attention_cpu import SegmentsOnCPU, products
+from var_exp.ops.attention import block_causal_attention, check_backend, resolve_backend
 from var_exp.scales import ScaleSchedule
-from var_exp.training.callbacks.throughput import FlopCounter
-from var_exp.transformer.var import Computing
+from var_exp.transformer.var import ExecutionOptions
 
 SCHEDULES = {
     "256 pixels": [1, 2, 3, 4, 5, 6, 8, 10, 13, 16],
@@ -22,6 +17,14 @@ SCHEDULES = {
 }
 HEADS, HEAD_DIM, SCALE = 2, 8, 0.7
 
+
+@pytest.fixture
+def vectors(monkeypatch):
+    """A processor with vector instructions for bfloat16."""
+    monkeypatch.setattr("var_exp.ops.attention_cpu.HAS_BFLOAT16", True)
+    monkeypatch.setattr("var_exp.ops.attention_cpu.HAS_TILES", False)
+
+
 each_schedule = pytest.mark.parametrize("patch_nums", SCHEDULES.values(), ids=SCHEDULES)
 
 
@@ -29,7 +32,7 @@ def make(name, patch_nums, num_scales=None):
     schedule = ScaleSchedule(patch_nums)
     length = schedule.slices[(num_scales or schedule.num_scales) - 1].stop
     levels = schedule.level_ids()[:length]
-    return attend_whole(name, schedule, levels[:, None] >= levels[None, :]), length
+    return block_causal_attention(name, schedule, levels[:, None] >= levels[None, :]), length
 
 
 def drawn(length, dtype=torch.float32):
@@ -45,9 +48,9 @@ def with_gradients(attend, tensors, weights, dropout=0.0):
 
 @each_schedule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_segments_equal_the_dense_mask_with_their_gradients(patch_nums, dtype):
+def test_per_scale_equal_the_dense_mask_with_their_gradients(patch_nums, dtype, vectors):
     slow, length = make("mask", patch_nums)
-    fast, _ = make("segments", patch_nums)
+    fast, _ = make("per_scale", patch_nums)
     tensors = drawn(length, dtype=dtype)
     weights = torch.randn(2, HEADS, length, HEAD_DIM)
     near = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
@@ -58,7 +61,7 @@ def test_segments_equal_the_dense_mask_with_their_gradients(patch_nums, dtype):
 
 
 @each_schedule
-@pytest.mark.parametrize("name", ["segments", "flex"])
+@pytest.mark.parametrize("name", ["per_scale", "flex"])
 @torch.no_grad()
 def test_without_gradients_too(patch_nums, name):
     slow, length = make("mask", patch_nums)
@@ -69,7 +72,7 @@ def test_without_gradients_too(patch_nums, name):
     )
 
 
-@pytest.mark.parametrize("name", ["segments", "flex"])
+@pytest.mark.parametrize("name", ["per_scale", "flex"])
 @torch.no_grad()
 def test_the_first_scales_alone_are_attended_to_alike(name):
     patch_nums = SCHEDULES["256 pixels"]
@@ -82,34 +85,16 @@ def test_the_first_scales_alone_are_attended_to_alike(name):
         )
 
 
-def test_segments_do_what_autograd_makes_of_a_call_for_each_scale(monkeypatch):
-    attend, length = make("segments", SCHEDULES["256 pixels"])
-    tensors, weights = drawn(length), torch.randn(2, HEADS, length, HEAD_DIM)
-    ours = with_gradients(attend, tensors, weights)
-
-    def never(*_):
-        raise AssertionError
-
-    monkeypatch.setattr(SegmentsOnCPU, "apply", never)
-    with pytest.raises(AssertionError):
-        attend(*tensors, SCALE, 0.0)
-    # Dropout so small that it drops nothing takes the other way.
-    slow = with_gradients(attend, tensors, weights, dropout=1e-12)
-    for a, b in zip(ours, slow, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-
-
-def test_weights_are_kept_for_sequences_that_are_not_long_alone():
+def test_weights_are_kept_for_sequences_that_are_not_long_alone(vectors):
     for size, kept in (("256 pixels", True), ("512 pixels", False)):
-        attend, length = make("segments", SCHEDULES[size])
+        attend, length = make("per_scale", SCHEDULES[size])
         out = attend(*drawn(length, torch.bfloat16), SCALE, 0.0)
-        largest = max(tensor.numel() for tensor in out.grad_fn.saved_tensors)
-        assert (largest > out.numel()) == kept
+        assert (type(out.grad_fn).__name__ == "MatmulAttentionBackward") == kept
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_weights_in_bfloat16_have_exponents_of_float32(autocast):
-    attend, length = make("segments", SCHEDULES["256 pixels"])
+def test_in_bfloat16_logits_are_computed_in_float32(autocast, vectors):
+    attend, length = make("per_scale", SCHEDULES["256 pixels"])
     q, k, v = drawn(length, torch.bfloat16)
     weights = torch.randn(2, HEADS, length, HEAD_DIM)
     # Exponents of hundreds, of which 8 bits say little.
@@ -122,31 +107,8 @@ def test_weights_in_bfloat16_have_exponents_of_float32(autocast):
         assert error < 0.02
 
 
-@pytest.mark.parametrize("tiles", [False, True])
-def test_the_precision_of_products_is_restored_whoever_else_computes_them(tiles, monkeypatch):
-    monkeypatch.setattr(segments, "HAS_TILES", tiles)
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    q, k = torch.randn(2, 1, 2, 64, 16).bfloat16()
-    with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda _: products(q, k), range(200)))
-    assert matmul.fp32_precision == before
-    expected = q.double() @ k.double().mT
-    for out in found:
-        torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
-    with FlopCounter() as counter:
-        products(q, k)
-    assert counter.flops == 2 * 2 * 64 * 64 * 16
-
-
-def test_gradients_in_double_precision_are_those_of_differences():
-    attend, length = make("segments", [1, 2])
-    tensors = [tensor.detach().requires_grad_() for tensor in drawn(length, torch.float64)]
-    assert torch.autograd.gradcheck(lambda *qkv: attend(*qkv, SCALE, 0.0), tensors)
-
-
-def test_segments_drop_attention_weights_where_they_are_told_to():
-    attend, length = make("segments", [1, 2, 3])
+def test_per_scale_drop_attention_weights_where_they_are_told_to():
+    attend, length = make("per_scale", [1, 2, 3])
     tensors = drawn(length)
     torch.manual_seed(0)
     first = attend(*tensors, SCALE, 0.5)
@@ -156,23 +118,23 @@ def test_segments_drop_attention_weights_where_they_are_told_to():
 
 
 def test_flex_refuses_what_it_cannot_do():
-    attend, length = make("flex", [1, 2, 3])
-    with pytest.raises(ValueError, match="train on a CPU.*model.var.module.attention"):
-        attend(*drawn(length), SCALE, 0.0)
+    with pytest.raises(ValueError, match="train on a CPU.*model.var.attention"):
+        make("flex", [1, 2, 3])
     with torch.no_grad(), pytest.raises(ValueError, match="drop attention weights"):
+        attend, length = make("flex", [1, 2, 3])
         attend(*drawn(length), SCALE, 0.1)
 
 
-def test_auto_takes_segments_for_long_sequences_alone():
-    assert chosen_backend("auto", 680) == chosen_backend("segments", 1) == "segments"
-    assert chosen_backend("auto", 30) == chosen_backend("mask", 680) == "mask"
-    assert chosen_backend("flex", 30) == "flex"
+def test_auto_takes_per_scale_for_long_sequences_alone():
+    assert resolve_backend("auto", 680) == resolve_backend("per_scale", 1) == "per_scale"
+    assert resolve_backend("auto", 30) == resolve_backend("mask", 680) == "mask"
+    assert resolve_backend("flex", 30) == "flex"
 
 
 def test_an_unknown_backend_is_refused_by_its_key():
-    for name in ("auto", "mask", "segments", "flex"):
+    for name in ("auto", "mask", "per_scale", "flex"):
         check_backend(name)
-    with pytest.raises(ValueError, match="got 'flash' .model.var.module.attention"):
+    with pytest.raises(ValueError, match="got 'flash' .model.var.attention"):
         check_backend("flash")
 
 
@@ -181,8 +143,8 @@ def test_a_transformer_says_the_same_whichever_it_attends_by():
     transformer = tiny_transformer().eval()
     inputs = torch.randn(2, transformer.schedule.seq_len - 1, transformer.code_dim)
     found = {}
-    for name in ("mask", "segments", "flex"):
-        transformer.computing = Computing(attention=name)
+    for name in ("mask", "per_scale", "flex"):
+        transformer.execution = ExecutionOptions(attention=name)
         found[name] = transformer(inputs, torch.tensor([0, 1]))
-    for name in ("segments", "flex"):
+    for name in ("per_scale", "flex"):
         torch.testing.assert_close(found[name], found["mask"], atol=1e-5, rtol=1e-4)

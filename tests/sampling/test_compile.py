@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from helpers.tiny import BLOCKS, SCALES, tiny_tokenizer, tiny_transformer
 from var_exp.checkpoint.pipeline import VARPipeline
-from var_exp.evaluation.samples.draw import make_plan
+from var_exp.evaluation.sampler import Sampler
 from var_exp.sampling.compile import check_compiler, compile_for_sampling
 from var_exp.sampling.generate import generate, guided_logits
 
@@ -65,31 +65,41 @@ def test_in_bfloat16_logits_are_as_near_as_rounding_leaves_them():
     assert (ours - exact).norm() <= 1.5 * (plain - exact).norm()
 
 
-def test_with_graphs_keys_and_values_stay_where_they_are_and_samples_are_the_same(monkeypatch):
-    modes, caches = [], []
+def test_each_batch_with_graphs_is_one_generation_on_caches_that_stay(monkeypatch):
+    options, generations, caches = [], [], []
     transformer, tokenizer = tiny_transformer(depth=3).eval(), tiny_tokenizer()
     batches = [([0, 1], 0), ([1], 1), ([1, 1], 2), ([0, 1], 0)]
     plain = [generate(transformer, tokenizer, labels, seed=seed) for labels, seed in batches]
-
-    def compiled(function, **options):
-        modes.append(options.get("mode"))
-        return function
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    monkeypatch.setattr(tokenizer.decoder, "compile", lambda **_: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **o: options.append(o) or function)
+    monkeypatch.setattr(
+        torch.compiler, "cudagraph_mark_step_begin", lambda: generations.append(len(caches))
+    )
     compile_for_sampling(transformer, tokenizer, graphs=True)
-    assert modes == ["reduce-overhead"] * len(SCALES)
+    assert [o["mode"] for o in options] == ["reduce-overhead"]
+    make_cache = transformer.make_cache
+    monkeypatch.setattr(
+        transformer, "make_cache", lambda *size: caches.append(make_cache(*size)) or caches[-1]
+    )
     for (labels, seed), expected in zip(batches, plain, strict=True):
         assert torch.equal(generate(transformer, tokenizer, labels, seed=seed), expected)
-        caches.append(list(transformer.computing.caches))
-    sizes = [[key[0] for key in keys] for keys in caches]
-    assert sizes == [[4], [4, 2], [4, 2], [4, 2]]  # rows with and without a class
-    for cache in transformer.computing.caches.values():
-        for keys, values in cache.layers:
-            assert keys._dynamo_static_input_type == values._dynamo_static_input_type == "unguarded"
+    assert generations == [0, 1, 2, 3]
+    assert [cache.keys.shape[1] for cache in caches] == [4, 2, 4, 4]  # with and without a class
+    assert caches[0] is caches[2] is caches[3] is not caches[1]
+    for keys, values in caches[0].layers:
+        assert keys._dynamo_static_input_type == values._dynamo_static_input_type == "unguarded"
     compile_for_sampling(transformer, tokenizer)
-    assert transformer.computing.caches is None
-    assert transformer.make_cache(2) is not transformer.make_cache(2)
+    assert make_cache(2) is not make_cache(2)
+
+
+def test_more_batch_sizes_than_torch_compiles_by_default_are_compiled():
+    torch._dynamo.reset()
+    transformer, tokenizer = tiny_transformer(depth=2).eval(), tiny_tokenizer()
+    counter = CompileCounterWithBackend("eager")
+    compile_for_sampling(transformer, tokenizer, backend=counter)
+    for batch_size in (1, 2, 3):
+        generate(transformer, tokenizer, [0] * batch_size)
+        assert counter.frame_count == batch_size * len(SCALES)
+    assert counter.frame_count > torch._dynamo.config.recompile_limit
 
 
 def test_without_a_compiler_it_is_refused_in_one_line(monkeypatch):
@@ -108,7 +118,7 @@ def test_without_a_compiler_it_is_refused_in_one_line(monkeypatch):
 def test_samples_of_compiled_networks_are_another_set():
     settings = {"cfg_scale": 1.5, "top_k": 0, "top_p": 0.0, "temperature": 1.0, "seed": 0}
     networks = tiny_transformer(), tiny_tokenizer()
-    plans = [make_plan(*networks, "all", "32-true", settings, c) for c in (False, True)]
+    plans = [Sampler(*networks, "all", settings, "32-true", c).plan() for c in (False, True)]
     assert plans[1] == plans[0] | {"compiled": True} and "compiled" not in plans[0]
 
 

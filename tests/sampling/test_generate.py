@@ -38,5 +38,5 @@ def test_a_setting_of_another_type_or_sign_is_named(setting):
     tokenizer = tiny_tokenizer()
     transformer = tiny_transformer(tokenizer.schedule.patch_nums)
     ((name, value),) = setting.items()
-    with pytest.raises(ValueError, match=f"{name} must be .* got {value}"):
+    with pytest.raises(ValueError, match=f"{name}: expected .* got {value!r}"):
         generate(transformer, tokenizer, [0], **setting)

@@ -16,11 +16,11 @@ from helpers.tiny import (
 from var_exp.sampling.generate import (
     draw,
     draw_uniforms,
+    filter_top_k_top_p,
     generate,
     guidance_weight,
     guided_logits,
     iterate_samples,
-    keep_likeliest,
 )
 
 ALL = {"five": SCALES, **ODD_SCALES}
@@ -234,7 +234,7 @@ def slow_filter(logits, top_k, top_p):
 @pytest.mark.parametrize("top_p", [0.0, 0.01, 0.5, 0.9, 0.999, 1.0])
 def test_top_k_then_top_p_keep_what_the_slow_filter_keeps(top_k, top_p):
     logits = 2 * torch.randn(4, 7, 20)
-    filtered = keep_likeliest(logits, top_k, top_p)
+    filtered = filter_top_k_top_p(logits, top_k, top_p)
     for ours, raw in zip(filtered.flatten(0, 1), logits.flatten(0, 1), strict=True):
         kept = torch.nonzero(ours > -torch.inf).flatten().tolist()
         assert set(kept) == slow_filter(raw.double().numpy(), top_k, top_p)
@@ -244,21 +244,21 @@ def test_top_k_then_top_p_keep_what_the_slow_filter_keeps(top_k, top_p):
 def test_the_code_that_crosses_top_p_is_kept_with_all_that_are_as_likely():
     logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
     for top_p, kept in ((0.4, 1), (0.6, 2), (0.74, 2), (0.76, 3), (0.95, 4)):
-        assert (keep_likeliest(logits, 0, top_p) > -torch.inf).sum() == kept
+        assert (filter_top_k_top_p(logits, 0, top_p) > -torch.inf).sum() == kept
     logits = torch.tensor([1.0, 3.0, 1.0, 0.0, 1.0])
     for filters in ((2, 0.0), (0, 0.75), (2, 0.95)):
-        kept = keep_likeliest(logits, *filters) > -torch.inf
+        kept = filter_top_k_top_p(logits, *filters) > -torch.inf
         assert kept.tolist() == [True, True, True, False, True]
 
 
 def test_no_filter_is_no_change():
     logits = torch.randn(2, 5, 9)
-    assert torch.equal(keep_likeliest(logits, 0, 0.0), logits)
-    assert torch.equal(keep_likeliest(logits, 9, 1.0), logits)
+    assert torch.equal(filter_top_k_top_p(logits, 0, 0.0), logits)
+    assert torch.equal(filter_top_k_top_p(logits, 9, 1.0), logits)
 
 
 def test_draws_follow_the_distribution_and_never_leave_the_filter():
-    logits = keep_likeliest(torch.randn(1, 1, 12) * 1.5, 8, 0.97)
+    logits = filter_top_k_top_p(torch.randn(1, 1, 12) * 1.5, 8, 0.97)
     number = 40_000
     uniforms = torch.from_numpy(np.random.default_rng(0).random((1, number)))
     codes = draw(logits.expand(1, number, 12), uniforms).flatten()
@@ -347,9 +347,9 @@ def test_sampling_under_autocast_gives_float32_images(transformer, tokenizer):
     ],
 )
 def test_a_setting_out_of_range_is_refused_with_its_value(transformer, tokenizer, setting, value):
-    with pytest.raises(ValueError, match=f"{setting} must be .*got {value}"):
+    with pytest.raises(ValueError, match=f"{setting}: expected .*got {value}"):
         generate(transformer, tokenizer, [0], **{setting: value})
-    with pytest.raises(ValueError, match=f"{setting} must be .*got {value}"):
+    with pytest.raises(ValueError, match=f"{setting}: expected .*got {value}"):
         list(iterate_samples(transformer, tokenizer, [0], batch_size=1, **{setting: value}))
 
 

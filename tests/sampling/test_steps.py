@@ -59,7 +59,7 @@ def test_a_cache_that_grows_by_concatenation_is_seen(monkeypatch):
 
     transformer, tokenizer = tiny_transformer(depth=3), tiny_tokenizer()
     plain = generate(transformer, tokenizer, [0, 1, 1], cfg_scale=1.5)
-    attend = lambda self, i, where: Growing(self.keys[i], self.values[i], where)  # noqa: E731
+    attend = lambda self, i, tokens: Growing(self.keys[i], self.values[i], tokens)  # noqa: E731
     monkeypatch.setattr(KVCache, "attend", attend)
     assert places_of_all_keys_so_far(transformer, tokenizer, [0, 1, 1], monkeypatch)
     held.clear()

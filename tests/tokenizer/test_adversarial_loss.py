@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from var_exp.tokenizer.adversarial_loss import (
-    Adversary,
+    AdversarialLoss,
     hinge_discriminator,
     hinge_generator,
     lecam_distance,
@@ -32,21 +32,21 @@ def images(seed: int, num: int = 8) -> torch.Tensor:
 
 @pytest.mark.parametrize(("start", "ramp"), [(0.2, 0.1), (20, 10), (0.2, 10), (20, 0.1)])
 def test_the_factor_rises_along_a_line_after_the_start(start, ramp):
-    adversary = Adversary(discriminator(), start=start, ramp=ramp)
+    adversary = AdversarialLoss(discriminator(), start=start, ramp=ramp)
     factors = [adversary.factor(batch, 100) for batch in (0, 19, 20, 21, 25, 30, 99)]
     assert factors == pytest.approx([0, 0, 0, 0.1, 0.5, 1, 1])
 
 
 @pytest.mark.parametrize(("start", "ramp"), [(0.28, 0.0), (28, 0)])
 def test_without_a_ramp_it_sets_in_at_once(start, ramp):
-    adversary = Adversary(discriminator(), start=start, ramp=ramp)
+    adversary = AdversarialLoss(discriminator(), start=start, ramp=ramp)
     assert [adversary.factor(batch, 100) for batch in (0, 27, 28, 99)] == [0, 0, 1, 1]
 
 
 def test_a_whole_share_is_never_and_one_batch_is_one_batch():
-    never = Adversary(discriminator(), start=1.0, ramp=0)
+    never = AdversarialLoss(discriminator(), start=1.0, ramp=0)
     assert not any(never.factor(batch, 50) for batch in range(50))
-    soon = Adversary(discriminator(), start=1, ramp=0)
+    soon = AdversarialLoss(discriminator(), start=1, ramp=0)
     assert [soon.factor(batch, 50) for batch in range(3)] == [0, 1, 1]
 
 
@@ -54,15 +54,15 @@ def test_a_whole_share_is_never_and_one_batch_is_one_batch():
 @pytest.mark.parametrize("value", [True, -0.1, 1.5, -1, 240.0, float("nan"), "0.2", None])
 def test_neither_a_share_nor_a_number_of_batches_is_refused(name, value):
     with pytest.raises(ValueError, match=rf"a number of batches, got .* \({KEY}.{name}\)"):
-        Adversary(discriminator(), **{name: value})
+        AdversarialLoss(discriminator(), **{name: value})
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("weight", -1), ("max_weight", float("nan")), ("lecam", "a"), ("loss", "w")]
 )
 def test_other_arguments_out_of_range_are_refused(name, value):
-    with pytest.raises(ValueError, match=rf"adversary: {name} must be .* \({KEY}.{name}\)"):
-        Adversary(discriminator(), **{name: value})
+    with pytest.raises(ValueError, match=rf"dversary: {name}(:| must be) .*, got "):
+        AdversarialLoss(discriminator(), **{name: value})
 
 
 # -- losses -------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_the_non_saturating_losses_are_log_likelihoods():
 
 @pytest.mark.parametrize("loss", ["hinge", "non_saturating"])
 def test_each_side_pulls_its_own_way(loss):
-    adversary = Adversary(nn.Flatten(), loss=loss)
+    adversary = AdversarialLoss(nn.Flatten(), loss=loss)
     real, fake = images(1).requires_grad_(), images(2).requires_grad_()
     adversary.discriminator_loss(real, fake)["loss"].backward()
     assert fake.grad is None and (real.grad <= 0).all() and real.grad.min() < 0
@@ -93,7 +93,7 @@ def test_each_side_pulls_its_own_way(loss):
 
 
 def test_terms_of_the_discriminator_have_names():
-    adversary = Adversary(discriminator(), lecam=0.1)
+    adversary = AdversarialLoss(discriminator(), lecam=0.1)
     adversary.logit_averages.copy_(torch.tensor([0.3, -0.2]))
     real, fake = images(1, 6), images(2, 3)
     terms = adversary.discriminator_loss(real, fake)
@@ -106,7 +106,7 @@ def test_terms_of_the_discriminator_have_names():
 
 
 def test_logits_and_losses_are_float32_under_autocast():
-    adversary = Adversary(discriminator(), lecam=0.1)
+    adversary = AdversarialLoss(discriminator(), lecam=0.1)
     with torch.autocast("cpu", torch.bfloat16):
         fake = images(2).bfloat16().requires_grad_()
         terms = adversary.discriminator_loss(images(1), fake)
@@ -130,7 +130,7 @@ def test_the_lecam_distance_draws_logits_to_the_average_of_the_other_side():
 
 
 def test_averages_of_logits_move_once_a_batch_where_lecam_is_on():
-    off, on = Adversary(nn.Flatten()), Adversary(nn.Flatten(), lecam=0.1)
+    off, on = AdversarialLoss(nn.Flatten()), AdversarialLoss(nn.Flatten(), lecam=0.1)
     for adversary in (off, on):
         for part in range(2):
             terms = adversary.discriminator_loss(images(part), images(part + 2))
@@ -157,15 +157,15 @@ class Game:
     def __init__(self, **others):
         torch.manual_seed(1)
         self.decoder = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 1))
-        self.adversary = Adversary(discriminator(), **others)
+        self.adversary = AdversarialLoss(discriminator(), **others)
 
     @property
     def last_layer(self):
         return self.decoder[-1].weight
 
     def losses(self, x):
-        rebuilt = self.decoder(x)
-        rec, gan = (rebuilt - x).square().mean(), self.adversary.generator_loss(rebuilt)
+        reconstructed = self.decoder(x)
+        rec, gan = (reconstructed - x).square().mean(), self.adversary.generator_loss(reconstructed)
         return 1e-5 * rec, 1e-5 * gan
 
     def play(self, parts) -> None:
@@ -200,7 +200,7 @@ def test_it_takes_effect_on_the_next_batch():
 
 
 def test_without_adaption_the_weight_is_the_given_one():
-    adversary = Adversary(discriminator(), weight=0.4, adaptive=False)
+    adversary = AdversarialLoss(discriminator(), weight=0.4, adaptive=False)
     assert adversary.generator_weight(0.5).item() == pytest.approx(0.2)
 
 
@@ -213,7 +213,7 @@ def test_micro_batches_remember_what_the_whole_batch_does(sizes):
     assert_same_memory(split.adversary, whole.adversary)
 
 
-def assert_same_memory(a: Adversary, b: Adversary) -> None:
+def assert_same_memory(a: AdversarialLoss, b: AdversarialLoss) -> None:
     assert a.adaptive_weight > 0 and a.logit_averages.abs().min() > 0
     torch.testing.assert_close(a.adaptive_weight, b.adaptive_weight, rtol=1e-5, atol=0)
     torch.testing.assert_close(a.logit_averages, b.logit_averages, rtol=1e-5, atol=1e-8)

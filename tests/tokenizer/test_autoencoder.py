@@ -4,9 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from var_exp.ops.upsampling import Upsample
 from var_exp.tokenizer import Decoder, Encoder
-from var_exp.tokenizer.autoencoder import Downsample, ResidualBlock, SpatialAttention, group_norm
+from var_exp.tokenizer.autoencoder import (
+    Downsample,
+    ResidualBlock,
+    SpatialAttention,
+    Upsample,
+    group_norm,
+)
 
 
 def slow_norm(x, norm):
@@ -170,11 +175,11 @@ def test_dropout_acts_in_training_only():
 
 @pytest.mark.parametrize("make", [Encoder, Decoder])
 def test_without_gradients_wide_networks_compute_the_same_channels_last(make, monkeypatch):
-    monkeypatch.setattr("var_exp.tokenizer.autoencoder.WIDE", 32)
+    monkeypatch.setattr("var_exp.ops.convolution.WIDE", 32)
     network = make(code_dim=8, width=32, multipliers=(1, 2), num_res_blocks=1).eval()
     x = torch.randn(2, 3 if make is Encoder else 8, 8, 12)
     seen = []
-    network.conv_in.register_forward_hook(lambda _, given, out: seen.append(given[0]))
+    network.conv_in.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
     slow = network(x).detach()
     with torch.no_grad():
         fast = network(x)

@@ -38,7 +38,7 @@ def test_codes_are_looked_up_as_stored(cosine):
 @pytest.mark.parametrize("book", [Codebook, EMACodebook])
 @pytest.mark.parametrize("vocab_size", [1, 0, -3])
 def test_fewer_than_two_codes_are_refused(book, vocab_size):
-    with pytest.raises(ValueError, match=f"at least 2 codes, got {vocab_size}"):
+    with pytest.raises(ValueError, match=f"vocab_size: expected a number >= 2, got {vocab_size}"):
         book(vocab_size, 4)
 
 
@@ -208,18 +208,17 @@ def test_kmeans_looks_at_so_many_vectors_at_most(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("start_from", "random", "one of none, data, kmeans, got 'random'"),
-        ("restart_below", 1.0, "in [0, 1), got 1.0"),
-        ("restart_below", -0.1, "in [0, 1), got -0.1"),
-        ("decay", 1.0, "in [0, 1), got 1.0"),
+        ("start_from", "random", " must be one of none, data, kmeans, got 'random'"),
+        ("restart_below", 1.0, ": expected a number < 1, got 1.0"),
+        ("restart_below", -0.1, ": expected a number >= 0, got -0.1"),
+        ("decay", 1.0, ": expected a number < 1, got 1.0"),
     ],
 )
 @pytest.mark.parametrize("book", [Codebook, EMACodebook])
 def test_a_switch_outside_its_range_is_refused_and_named(book, name, value, expected):
     with pytest.raises(ValueError) as error:
         book(4, 4, **{name: value})
-    assert f"{name} must be {expected}" in str(error.value)
-    assert f"(tokenizer.quantizer.codebook.{name})" in str(error.value)
+    assert f"{name}{expected}" in str(error.value)
 
 
 def test_a_start_draws_from_all_the_vectors_and_not_from_the_first():

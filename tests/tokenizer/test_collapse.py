@@ -93,14 +93,14 @@ def test_scale_drop_makes_the_coarse_scale_carry_what_it_can():
     means = torch.randn(V, 4) @ torch.randn(4, 16) / 2
     data = means[torch.randint(0, V, (512,))] + 0.3 * torch.randn(512, 16)
 
-    def unexplained(scale_drop):
+    def unexplained(quantizer_dropout):
         """Share of the variance that reconstructions from each prefix of the scales miss."""
         encoder, decoder = nn.Linear(16, 16), nn.Linear(16, 16)
         with torch.no_grad():
             for parameter in encoder.parameters():
                 places = parameter.view(4, 4, -1)  # (D, 2 * 2, ...)
                 places -= places.mean(dim=1, keepdim=True)
-        choices = {"per_scale": True, "phi_ratio": 0.0, "scale_drop": scale_drop}
+        choices = {"per_scale": True, "phi_ratio": 0.0, "quantizer_dropout": quantizer_dropout}
         quantizer = MultiScaleQuantizer([1, 2], EMACodebook(V, 4), **choices).train()
         optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-2)
         for _ in range(200):
@@ -115,6 +115,6 @@ def test_scale_drop_makes_the_coarse_scale_carry_what_it_can():
             errors = [F.mse_loss(decoder(f_hat.flatten(1)), data) for f_hat in sums]
         return [error.item() / data.var(dim=0).mean().item() for error in errors]
 
-    without, mended = unexplained(scale_drop=0.0), unexplained(scale_drop=0.5)
+    without, mended = unexplained(quantizer_dropout=0.0), unexplained(quantizer_dropout=0.5)
     assert without[0] > 0.5 and mended[0] < 0.4
     assert max(without[1], mended[1]) < 0.25  # from all scales both can be had

@@ -1,10 +1,13 @@
-"""DINO's published tensors do in torchvision's transformer what they do in DINO's."""
+"""DINO's published tensors do in timm's transformer what they do in DINO's."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from var_exp.tokenizer.dino import DinoFeatures, assemble_transformer, resize, resize_positions
+from var_exp.tokenizer.dino import DinoFeatures, assemble_transformer, load_transformer, resize
 
 
 def published_state(width=128, depth=3, patch=4, grid=4, device="cpu") -> dict[str, torch.Tensor]:
@@ -78,7 +81,8 @@ def test_the_published_size_has_as_many_weights_as_published():
     state = published_state(width=384, depth=12, patch=16, grid=14, device="meta")
     transformer = assemble_transformer(state)
     assert sum(p.numel() for p in transformer.parameters()) == 21_665_664
-    assert transformer.encoder.layers[0].num_heads == 6 and transformer.image_size == 224
+    assert transformer.blocks[0].attn.num_heads == 6
+    assert transformer.patch_embed.img_size == (224, 224)
 
 
 @pytest.mark.parametrize("name", ["blocks.1.mlp.fc2.bias", "pos_embed", "cls_token"])
@@ -96,17 +100,41 @@ def test_a_width_that_dinos_heads_do_not_divide_is_refused():
         assemble_transformer(published_state(width=100))
 
 
-def test_positions_keep_their_direction_on_another_grid():
-    rows = torch.arange(4.0).repeat_interleave(4)
-    columns = torch.arange(4.0).repeat(4)
-    positions = torch.stack([rows, columns], dim=1).unsqueeze(0)  # (1, 16, 2)
-    positions = torch.cat([torch.full((1, 1, 2), 9.0), positions], dim=1)
-    torch.testing.assert_close(resize_positions(positions, 4), positions)
-    larger = resize_positions(positions, 6)
-    assert larger.shape == (1, 37, 2) and larger[0, 0].tolist() == [9, 9]
-    down, across = larger[0, 1:].unflatten(0, (6, 6)).unbind(2)
-    assert (down.diff(dim=0) > 0).all() and down.diff(dim=1).abs().max() < 1e-5
-    assert (across.diff(dim=1) > 0).all() and across.diff(dim=0).abs().max() < 1e-5
+@pytest.mark.parametrize("grid", [2, 4, 6])
+def test_positions_are_resized_as_dino_does(grid):
+    """By bicubic interpolation, those of the class token apart; 4 is the grid of the file."""
+    state = published_state()
+    features = DinoFeatures(assemble_transformer(state), image_size=4 * grid, depths=[0])
+    found = features.transformer.pos_embed
+    patches = state["pos_embed"][:, 1:].mT.unflatten(2, (4, 4))
+    expected = F.interpolate(patches, size=(grid, grid), mode="bicubic").flatten(2).mT
+    torch.testing.assert_close(found[:, 1:], expected)
+    assert torch.equal(found[:, :1], state["pos_embed"][:, :1])
+
+
+@torch.no_grad()
+def test_depths_come_in_the_order_that_is_wanted():
+    transformer, images = assemble_transformer(published_state()), torch.rand(2, 3, 16, 16)
+    first, last = DinoFeatures(transformer, 16, (0, 2))(images)
+    for ours, expected in zip(
+        DinoFeatures(transformer, 16, (2, 0, 2))(images), [last, first, last], strict=True
+    ):
+        assert torch.equal(ours, expected)
+
+
+def test_without_timm_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match=r"^discriminator: .*pip install 'var-exp\[gan\]'"):
+        load_transformer("dino.pth")
+
+
+def test_timm_is_imported_for_dino_only():
+    code = (
+        "import sys; from var_exp.tokenizer.discriminator import PatchGAN; PatchGAN(); "
+        "print('timm' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_images_shrink_by_area_and_grow_bicubically():

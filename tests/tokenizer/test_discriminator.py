@@ -82,7 +82,7 @@ def test_a_patchgan_takes_the_smallest_image_that_leaves_a_patch(num_layers):
 
 
 def test_a_patchgan_without_layers_is_refused():
-    with pytest.raises(ValueError, match=r"got 0 \(.*discriminator.num_layers\)"):
+    with pytest.raises(ValueError, match="num_layers: expected a number >= 1, got 0"):
         PatchGAN(num_layers=0)
 
 
@@ -107,7 +107,7 @@ def test_only_heads_are_trained_and_saved(dino_file):
     ("wrong", "message"),
     [
         ({"image_size": 18}, r"multiple of the 4 pixels of a patch, got 18 \(.*image_size\)"),
-        ({"image_size": 0}, r"got 0 \(.*image_size\)"),
+        ({"image_size": 0}, "image_size: expected a number > 0, got 0"),
         ({"depths": (0, 3)}, r"must lie in 0..2, got \[0, 3\] \(.*depths\)"),
         ({"depths": ()}, r"got \[\] \(.*depths\)"),
     ],

@@ -117,8 +117,8 @@ def test_without_the_file_the_message_says_where_to_put_it_and_how_to_do_without
         LPIPS()
     message = str(error.value)
     assert f"{tmp_path}/hub/checkpoints/vgg16-397923af.pth is missing" in message
-    assert "model.tokenizer.module.loss.perceptual.weights=PATH" in message
-    assert "model.tokenizer.module.loss.lpips=0" in message and "\n" not in message
+    assert "model.tokenizer.loss.perceptual.weights=PATH" in message
+    assert "model.tokenizer.loss.lpips=0" in message and "\n" not in message
 
 
 def test_a_file_of_another_network_is_refused(tmp_path):

@@ -124,7 +124,7 @@ def test_codebooks_for_each_scale_start_different():
 
 @torch.no_grad()
 def test_scale_drop_decodes_from_every_prefix_but_reports_all_codes_and_the_whole_loss():
-    quantizer = tiny_quantizer(scale_drop=1.0)
+    quantizer = tiny_quantizer(quantizer_dropout=1.0)
     f = features(quantizer)
     whole = quantizer(f)
     sums = list(quantizer.partial_sums(whole.indices))
@@ -142,7 +142,7 @@ def test_scale_drop_decodes_from_every_prefix_but_reports_all_codes_and_the_whol
 
 @torch.no_grad()
 def test_scale_drop_hits_its_share_of_the_batches():
-    quantizer = tiny_quantizer([1, 2], num_phi=1, scale_drop=0.25)
+    quantizer = tiny_quantizer([1, 2], num_phi=1, quantizer_dropout=0.25)
     f = features(quantizer, 1)
     whole = quantizer(f).f_hat
     quantizer.train()
@@ -151,7 +151,7 @@ def test_scale_drop_hits_its_share_of_the_batches():
 
 
 def test_a_single_scale_cannot_be_dropped():
-    quantizer = tiny_quantizer([3], num_phi=1, scale_drop=1.0).train()
+    quantizer = tiny_quantizer([3], num_phi=1, quantizer_dropout=1.0).train()
     f = features(quantizer)
     *_, whole = quantizer.partial_sums(quantizer.encode(f))
     torch.testing.assert_close(quantizer(f).f_hat, whole)
@@ -159,7 +159,7 @@ def test_a_single_scale_cannot_be_dropped():
 
 @torch.no_grad()
 def test_scale_drop_keeps_the_scales_that_a_prefix_always_has():
-    quantizer = tiny_quantizer(scale_drop=1.0, scale_drop_from=3)
+    quantizer = tiny_quantizer(quantizer_dropout=1.0, quantizer_dropout_from=3)
     f = features(quantizer)
     sums = list(quantizer.partial_sums(quantizer.encode(f)))
     quantizer.train()
@@ -169,7 +169,7 @@ def test_scale_drop_keeps_the_scales_that_a_prefix_always_has():
         errors = [(f_hat - prefix).abs().max().item() for prefix in sums]
         met.add(min(range(len(sums)), key=errors.__getitem__))
     assert met == {2, 3}  # three or four scales
-    whole = tiny_quantizer(scale_drop=1.0, scale_drop_from=5).train()
+    whole = tiny_quantizer(quantizer_dropout=1.0, quantizer_dropout_from=5).train()
     *_, f_hat = whole.partial_sums(whole.encode(f))
     torch.testing.assert_close(whole(f).f_hat, f_hat)
 

@@ -19,7 +19,7 @@ from helpers.together import together
 from tests.distributed.test_launch import TWO
 from tests.training.test_checkpointing import interrupted
 from var_exp.distributed.collectives import rank
-from var_exp.distributed.signals import Interrupted, Interruption
+from var_exp.distributed.signals import Interrupted, SignalHandler
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.evaluation.metrics import ScoreSettings
 from var_exp.training.callbacks import plots
@@ -90,13 +90,13 @@ class Watched(Evaluator):
         super().__init__(source, Means(), settings, batch_size=8, num_reference=40)
         self.score_settings = ScoreSettings(num_neighbours=1)
         self.stop_at, self.stopped_rank = stop_at, stopped_rank
-        self.interruption, self.num_batches, self.asked_after = Interruption(), 0, None
+        self.signal_handler, self.num_batches, self.asked_after = SignalHandler(), 0, None
         self.network.register_forward_hook(lambda *_: self.count())
 
     def count(self):
         self.num_batches += 1
         if self.num_batches == self.stop_at and rank() == self.stopped_rank:
-            self.interruption.noted = 15
+            self.signal_handler.received = 15
 
 
 LOGGED = {
@@ -110,7 +110,7 @@ def looked_at(source, folder, stop_at=None, every=2, trainer=None, stopped_rank=
     evaluator = Watched(source, stop_at, stopped_rank)
     every = {"every_n_batches": every}
     shown = (SamplePictures(evaluator, 1, **every), SampleScores(evaluator, 24, **every))
-    options = LOGGED | {"signals": evaluator.interruption}
+    options = LOGGED | {"signals": evaluator.signal_handler}
     options["trainer"] = LOGGED["trainer"] | (trainer or {})
     try:
         run("var", source, folder, *shown, **options)

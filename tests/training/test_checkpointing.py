@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from helpers.programs import csv_rows
 from helpers.stages import NUM_BATCHES, Validations, assert_equal, progress, run, weights
 from var_exp.checkpoint.checkpoint import read_checkpoint
-from var_exp.distributed.signals import Interrupted, Interruption
-from var_exp.io.files import check_seal
+from var_exp.distributed.signals import Interrupted, SignalHandler
+from var_exp.io.files import verify_checksum
 from var_exp.training.callbacks import checkpointing as saving
 from var_exp.training.loggers.csv import ContinuedCSVLogger
 from var_exp.training.resume import BEST, LAST, PREVIOUS, newest, progress_in
@@ -23,22 +23,22 @@ class Ask(Callback):
 
     def __init__(self, batch, in_validation=False):
         self.batch, self.in_validation = batch, in_validation
-        self.interruption = Interruption()
+        self.signal_handler = SignalHandler()
 
     def on_train_batch_start(self, trainer, module, batch, i):
         if not self.in_validation and progress(trainer) + 1 == self.batch:
-            self.interruption.noted = 15
+            self.signal_handler.received = 15
 
     def on_validation_batch_start(self, trainer, module, batch, i, *_):
         if self.in_validation and progress(trainer) == self.batch and i == 1:
-            self.interruption.noted = 15
+            self.signal_handler.received = 15
 
 
 def interrupted(stage, source, folder, *asked, callbacks=(), **options):
     """Run a stage until it was asked to stop; what it was validated at."""
     seen, ask = Validations(), Ask(*asked)
     with pytest.raises(Interrupted, match="SIGTERM"):
-        run(stage, source, folder, *callbacks, ask, seen, signals=ask.interruption, **options)
+        run(stage, source, folder, *callbacks, ask, seen, signals=ask.signal_handler, **options)
     return seen.seen
 
 
@@ -202,7 +202,7 @@ def test_a_full_disk_stops_saving_not_training(whole, digits, tmp_path, monkeypa
     assert capsys.readouterr().err.count("No space left on device") == 1
     assert_equal(weights(tmp_path, stage), weights(whole_folder, stage))
     for path in (tmp_path / stage).glob("*.ckpt"):
-        check_seal(path)
+        verify_checksum(path)
 
 
 def test_a_disk_that_stays_full_leaves_the_old_files_whole(digits, tmp_path, monkeypatch):
@@ -231,7 +231,7 @@ def stop(source, folder):
     """How a stage ends that is asked to stop at its second batch."""
     ask = Ask(2)
     with pytest.raises(Interrupted) as stopped:
-        run("var", source, folder, ask, signals=ask.interruption)
+        run("var", source, folder, ask, signals=ask.signal_handler)
     return stopped.value
 
 

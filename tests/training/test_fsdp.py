@@ -22,12 +22,12 @@ from var_exp.training.fsdp import Sharded, local
 DDP = "ddp_find_unused_parameters_true"
 SGD = functools.partial(torch.optim.SGD, lr=0.02, momentum=0.9)
 # Nothing that each process draws for itself.
-SAME = {"tokenizer": {"scale_drop": 0.0}, "var": {"dropout": 0.0}}
+SAME = {"tokenizer": {"quantizer_dropout": 0.0}, "var": {"dropout": 0.0}}
 
 
 def train(stage, source, folder, *callbacks, strategy=None, size=1, **changes):
     """A stage with all that a recipe may have: its losses by batch."""
-    options = {"batch_size": 8, "clip": 0.5, "micro_batch": 4 // size, **SAME[stage]}
+    options = {"batch_size": 8, "clip": 0.5, "micro_batch_size": 4 // size, **SAME[stage]}
     if stage == "tokenizer":
         options["adversary"] = adversary()
     trainer = {"precision": changes.pop("precision", "32-true")}
@@ -148,7 +148,7 @@ class Poison(Callback):
 
 @pytest.mark.parametrize("strategy", [pytest.param(DDP, marks=pytest.mark.slow), "fsdp"])
 def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_by_all(strategy, digits, tmp_path):
-    changes = {"optimizer": SGD, "micro_batch": None}
+    changes = {"optimizer": SGD, "micro_batch_size": None}
     one = train("tokenizer", digits, tmp_path / "one", Poison(), **changes)
     changes["strategy"] = strategy
     two = train_together("tokenizer", digits, tmp_path / "two", Poison(), **changes)

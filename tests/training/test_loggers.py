@@ -9,7 +9,7 @@ from wandb import teardown
 
 from helpers.stages import run
 from var_exp.training.loggers.csv import ContinuedCSVLogger
-from var_exp.training.loggers.guarded import Guarded, log_picture
+from var_exp.training.loggers.guarded import FaultTolerantLogger, log_picture
 from var_exp.training.loggers.tensorboard import ImageTensorBoardLogger
 from var_exp.training.loggers.wandb import ContinuedWandbLogger
 from var_exp.training.resume import forget
@@ -122,4 +122,4 @@ def test_an_interruption_is_no_failure_of_a_logger(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Guarded(Interrupted, str(tmp_path), "var").log_metrics({"loss": 1.0}, 0)
+        FaultTolerantLogger(Interrupted, str(tmp_path), "var").log_metrics({"loss": 1.0}, 0)

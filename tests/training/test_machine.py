@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from helpers.operations import counted, step_of_transformer
 from helpers.tiny import tiny_transformer
@@ -54,6 +55,33 @@ def test_attention_is_two_products_and_five_on_the_way_back(masked):
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     # The scores are computed again, then the gradients of v, of the weights, of q and of k.
     assert counted(lambda: out.sum().backward()) == 5 * product
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_flex_attention_is_counted_as_attention_and_computes_the_same(compiled, monkeypatch):
+    # Torch refuses to train with it on a CPU, where its operators would do so.
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    attend = torch.compile(flex_attention) if compiled else flex_attention
+    q, k, v = learned(2, 3, 128, 4), learned(2, 3, 128, 4), learned(2, 3, 128, 4)
+    causal = create_block_mask(lambda b, h, i, j: i >= j, None, None, 128, 128, device="cpu")
+    product, outputs = 2 * 2 * 3 * 128 * 128 * 4, []
+    assert counted(lambda: outputs.append(attend(q, k, v, block_mask=causal))) == 2 * product
+    assert counted(lambda: outputs[0].sum().backward()) == 5 * product
+    found = [outputs[0], q.grad, k.grad, v.grad]
+    q.grad = k.grad = v.grad = None
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    out.sum().backward()
+    for ours, expected in zip(found, [out, q.grad, k.grad, v.grad], strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_compiled_function_is_counted_and_compiled_again_afterwards():
+    function = torch.compile(torch.matmul, backend="eager")
+    a, b = learned(3, 5), learned(5, 7)
+    assert counted(lambda: function(a, b)) == 2 * 3 * 5 * 7
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    function(a, b)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled + 1
 
 
 def test_a_training_step_of_the_transformer_is_what_its_sizes_say():

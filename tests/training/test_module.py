@@ -15,18 +15,20 @@ from var_exp.data import ImageDataModule, ImageSource
 STAGES = pytest.mark.parametrize("stage", ["tokenizer", "var"])
 PLAIN = {
     # Nothing random, and no codebook that learns from each forward pass.
-    "tokenizer": {"freeze": ["codebook"], "scale_drop": 0.0},
+    "tokenizer": {"freeze": ["codebook"], "quantizer_dropout": 0.0},
     "var": {"dropout": 0.0},
 }
 
 
 @STAGES
-@pytest.mark.parametrize("micro_batch", [1, 4])
-def test_a_batch_in_micro_batches_is_the_same_step(stage, micro_batch, digits, tmp_path):
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_a_batch_in_micro_batches_is_the_same_step(stage, micro_batch_size, digits, tmp_path):
     # Plain descent: Adam would turn rounding errors of vanishing gradients into whole steps.
     options = PLAIN[stage] | {"optimizer": functools.partial(torch.optim.SGD, lr=0.1)}
     whole, losses = run(stage, digits, tmp_path / "whole", **options)
-    parts, part_losses = run(stage, digits, tmp_path / "parts", micro_batch=micro_batch, **options)
+    parts, part_losses = run(
+        stage, digits, tmp_path / "parts", micro_batch_size=micro_batch_size, **options
+    )
     assert list(losses.values()) == pytest.approx(list(part_losses.values()), rel=1e-5)
     for ours, theirs in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
@@ -162,8 +164,8 @@ def test_raw_or_averaged_weights_are_what_is_evaluated_and_handed_on(stage, digi
     for choice, module in (("averaged", averaged), ("raw", raw)):
         kept = load_networks(tmp_path / choice / stage / "best.ckpt", weights=choice)
         ours = getattr(kept, name).state_dict()
-        handed_on = getattr(load_networks(tmp_path / choice / stage / "best.ckpt"), name)
-        assert_equal(ours, handed_on.state_dict())  # without being asked for
+        eval_weights = getattr(load_networks(tmp_path / choice / stage / "best.ckpt"), name)
+        assert_equal(ours, eval_weights.state_dict())  # without being asked for
         assert_equal(ours, {k: v.cpu() for k, v in module.network.state_dict().items()})
     assert_equal(weights(tmp_path / "averaged", stage), weights(tmp_path / "raw", stage))
 
@@ -175,7 +177,7 @@ def test_the_average_is_the_mean_of_all_weights_until_its_window_is_full(digits,
         def on_train_batch_end(self, trainer, module, *_):
             self.seen.append(module.transformer.position.detach().clone())
 
-    module, _ = run("var", digits, tmp_path, Weights(), average_decay=0.999)
+    module, _ = run("var", digits, tmp_path, Weights(), ema_decay=0.999)
     run("var", digits, tmp_path)  # a finished stage: nothing more is seen
     mean = torch.stack(Weights.seen[:NUM_BATCHES]).mean(dim=0)
     assert torch.allclose(module.averaged_transformer.position, mean, atol=1e-6)
@@ -191,11 +193,11 @@ def test_precisions_in_which_codes_or_losses_suffer_are_refused(precision, digit
     "changes, named",
     [
         ({"weights": "best"}, "weights: expected averaged, raw"),
-        ({"micro_batch": 0}, "micro_batch"),
+        ({"micro_batch_size": 0}, "micro_batch_size"),
         ({"max_skipped": 0}, "max_skipped"),
-        ({"clip": -1.0}, "clip must be at least 0"),
-        ({"average_decay": 1.0}, "average_decay"),
-        ({"average_decay": -0.5}, "average_decay"),
+        ({"clip": -1.0}, "clip: expected a number >= 0"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"ema_decay": -0.5}, "ema_decay"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"weight_decay": 0.0, "final_weight_decay": 0.1}, "final_weight_decay"),
     ],

@@ -86,7 +86,7 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(digits, tmp_path):
 
 def test_validation_never_drops_labels(digits, tmp_path):
     module = make_module("var")
-    module.label_drop = 1.0
+    module.class_dropout_prob = 1.0
     seen = []
     module.evaluated.register_forward_hook(lambda _, args, __: seen.append(args[1]))
     batch = next(iter(ImageDataModule(digits).val_dataloader()))

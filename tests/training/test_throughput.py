@@ -14,10 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from helpers.operations import counted, step_of_transformer
 from helpers.stages import NUM_BATCHES, Interrupt, assert_equal, make_module, run, weights
 from var_exp.data import ImageSource
-from var_exp.tokenizer.adversarial_loss import Adversary
+from var_exp.tokenizer.adversarial_loss import AdversarialLoss
 from var_exp.tokenizer.discriminator import PatchGAN
 from var_exp.training.callbacks import throughput as monitor
-from var_exp.training.callbacks.throughput import Monitor
+from var_exp.training.callbacks.throughput import ThroughputMonitor
 from var_exp.training.loggers.csv import ContinuedCSVLogger
 from var_exp.training.loggers.tensorboard import ImageTensorBoardLogger
 from var_exp.training.loggers.wandb import ContinuedWandbLogger
@@ -75,7 +75,9 @@ def changes_of(stage):
     if stage == "var":
         return {"progressive": ProgressiveScales(first=1)}
     torch.manual_seed(1)
-    return {"adversary": Adversary(PatchGAN(width=8, num_layers=2), start=2, ramp=2, weight=0.5)}
+    return {
+        "adversary": AdversarialLoss(PatchGAN(width=8, num_layers=2), start=2, ramp=2, weight=0.5)
+    }
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "var"])
@@ -188,12 +190,12 @@ class Watched(Callback):
 
     def on_train_batch_end(self, trainer, module, *_):
         self.trainer = trainer
-        (found,) = [c for c in trainer.callbacks if isinstance(c, Monitor)]
+        (found,) = [c for c in trainer.callbacks if isinstance(c, ThroughputMonitor)]
         self.flops = found.flops
 
 
 def test_operations_a_second_are_those_of_a_step_of_networks_of_this_size(digits, clock, tmp_path):
-    watched, options = Watched(), {"dropout": 0.0, "scale_drop": 0.0}
+    watched, options = Watched(), {"dropout": 0.0, "quantizer_dropout": 0.0}
     rows = run_with_rows("var", digits, tmp_path, Takes(clock, 2.0), watched, **options)
     module = make_module("var", **options)
     reading = counted(lambda: module.read(torch.zeros(6, 1, 16, 16)))

@@ -17,7 +17,7 @@ from helpers.stages import (
     weights,
 )
 from helpers.tiny import tiny_tokenizer
-from var_exp.tokenizer.adversarial_loss import Adversary
+from var_exp.tokenizer.adversarial_loss import AdversarialLoss
 from var_exp.tokenizer.discriminator import PatchGAN
 from var_exp.tokenizer.losses import ReconstructionLoss
 
@@ -25,7 +25,7 @@ from var_exp.tokenizer.losses import ReconstructionLoss
 def adversary(**changes):
     torch.manual_seed(1)
     options = {"start": 2, "ramp": 2, "weight": 0.5, "lecam": 0.01} | changes
-    return Adversary(PatchGAN(width=8, num_layers=2), **options)
+    return AdversarialLoss(PatchGAN(width=8, num_layers=2), **options)
 
 
 class Watch(Callback):
@@ -87,10 +87,10 @@ def test_micro_batches_are_the_same_step_of_both_networks(digits, tmp_path):
     options = {
         "optimizer": functools.partial(torch.optim.SGD, lr=0.1),
         "freeze": ["codebook"],  # one that learns would learn at every micro-batch
-        "scale_drop": 0.0,
+        "quantizer_dropout": 0.0,
     }
     whole, losses = run("tokenizer", digits, tmp_path / "a", adversary=adversary(), **options)
-    options["micro_batch"] = 4
+    options["micro_batch_size"] = 4
     parts, part_losses = run("tokenizer", digits, tmp_path / "b", adversary=adversary(), **options)
     assert list(losses.values()) == pytest.approx(list(part_losses.values()), rel=1e-5)
     for ours, theirs in zip(whole.parameters(), parts.parameters(), strict=True):
@@ -101,8 +101,8 @@ def test_micro_batches_are_the_same_step_of_both_networks(digits, tmp_path):
 
 
 def test_under_bf16_micro_batches_clipping_and_both_optimizers_work(digits, tmp_path):
-    options = {"optimizer": functools.partial(torch.optim.SGD, lr=0.02), "scale_drop": 0.0}
-    options |= {"micro_batch": 4, "clip": 0.1}  # every gradient is clipped
+    options = {"optimizer": functools.partial(torch.optim.SGD, lr=0.02), "quantizer_dropout": 0.0}
+    options |= {"micro_batch_size": 4, "clip": 0.1}  # every gradient is clipped
     _, losses = run("tokenizer", digits, tmp_path / "a", adversary=adversary(), **options)
     watch = Watch()
     module, cast = run(
@@ -130,7 +130,7 @@ FROZEN = {
 def test_a_frozen_part_stays_as_it_is_and_the_others_learn(part, digits, tmp_path):
     before = make_module("tokenizer").tokenizer.state_dict()
     before = {name: tensor.clone() for name, tensor in before.items()}
-    module, _ = run("tokenizer", digits, tmp_path, freeze=[part], weights="raw", average_decay=0)
+    module, _ = run("tokenizer", digits, tmp_path, freeze=[part], weights="raw", ema_decay=0)
     for name, tensor in module.tokenizer.state_dict().items():
         frozen = name.startswith(FROZEN[part])
         if frozen or name.endswith("weight") and "phis" not in name:
@@ -159,7 +159,7 @@ def test_freezing_what_makes_no_sense_is_refused(changes, named):
 
 
 def test_images_that_a_network_is_too_deep_for_are_refused_before_training():
-    deep = Adversary(PatchGAN(width=8, num_layers=3))
+    deep = AdversarialLoss(PatchGAN(width=8, num_layers=3))
     with pytest.raises(ValueError, match="PatchGAN takes images of at least 24 .*num_layers"):
         make_module("tokenizer", adversary=deep)
     perceptual = torch.nn.Identity()

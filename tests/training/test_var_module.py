@@ -20,7 +20,9 @@ def batch(digits):
 
 
 def module_of(**changes):
-    module = make_module("var", dropout=0.0, label_drop=0.0, scale_drop=0.0, **changes)
+    module = make_module(
+        "var", dropout=0.0, class_dropout_prob=0.0, quantizer_dropout=0.0, **changes
+    )
     module.scales = ScalesInTraining(len(PATCH_NUMS), 1.0)
     return module.train()
 
@@ -74,7 +76,7 @@ def test_a_progressive_stage_trains_the_first_scales_alone(batch):
 
 
 def test_a_corrupted_prefix_changes_what_is_read_in_training_and_never_in_validation(batch):
-    module = module_of(corrupt=0.5)
+    module = module_of(self_correction_prob=0.5)
     clean, corrupted = module.read(batch.images), module.read(batch.images, 0.5)
     assert not torch.equal(clean.inputs, corrupted.inputs)
     assert not torch.equal(clean.targets[:, 5:], corrupted.targets[:, 5:])
@@ -149,9 +151,9 @@ def test_codes_are_read_in_full_precision_also_under_bf16(batch):
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"label_drop": 1.5}, "label_drop"),
+        ({"class_dropout_prob": 1.5}, "class_dropout_prob"),
         ({"label_smoothing": -0.1}, "label_smoothing"),
-        ({"corrupt": 2.0}, "corrupt"),
+        ({"self_correction_prob": 2.0}, "self_correction_prob"),
         ({"scale_weights": [1, 2]}, "scale_weights must be 3 numbers"),
         ({"scale_weights": [0, 0, 0]}, "scale_weights"),
         (

@@ -8,14 +8,11 @@ import pytest
 import torch
 
 from helpers.tiny import ODD_SCALES, SCALES, stir
-from var_exp.ops import attention_cpu as segments
-from var_exp.ops import onednn
 from var_exp.ops.attention import attend_masked
 from var_exp.scales import ScaleSchedule
 from var_exp.transformer import KVCache
-from var_exp.transformer import attention as attention_module
 from var_exp.transformer.attention import SelfAttention
-from var_exp.transformer.rope import rotation_of
+from var_exp.transformer.rope import rotation_table
 
 WIDTH, HEADS, HEAD_DIM = 24, 3, 8
 ALL = {"five": SCALES, **ODD_SCALES}
@@ -94,7 +91,7 @@ def test_rotary_attention_is_that_of_queries_and_keys_turned_one_by_one(qk_norm,
         for j in range(w)
     ]
     x = torch.randn(2, len(levels), WIDTH)
-    out = module(x, masked(levels), rotation_of(schedule, HEAD_DIM))
+    out = module(x, masked(levels), rotation_table(schedule, HEAD_DIM))
     expected = slow_attention(module, x, levels, places=torch.tensor(centres)).float()
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(out, module(x, masked(levels)), atol=1e-3)
@@ -112,47 +109,6 @@ def test_scale_by_scale_with_the_cache_equals_all_at_once_without(patch_nums, qk
     for where in schedule.slices:
         out = module(x[:, where], cache.attend(0, where))
         torch.testing.assert_close(out, full[:, where], atol=1e-5, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_a_scale_of_many_tokens_in_bfloat16_attends_by_products_a_few_heads_at_a_time(
-    monkeypatch,
-):
-    ours, counts = segments.Products.forward, []
-
-    def spy(q, *others):
-        counts.append(len(q))
-        return ours(q, *others)
-
-    monkeypatch.setattr(segments.Products, "forward", spy)
-    monkeypatch.setattr(segments, "HAS_TILES", False)
-    monkeypatch.setattr(onednn, "HAS_BFLOAT16", True)
-    monkeypatch.setattr(attention_module, "WEIGHTS", 4 * 64 * 84)  # of four heads
-    schedule = ScaleSchedule([2, 4, 8])
-    cpu = torch.device("cpu")
-    caches = [
-        KVCache(1, 3, HEADS, schedule.seq_len, HEAD_DIM, dtype, cpu)
-        for dtype in (torch.bfloat16, torch.float32)
-    ]
-    for where in schedule.slices:
-        # Exponents of tens, of which 8 bits say little.
-        q, k, v = torch.randn(3, 3, HEADS, where.stop - where.start, HEAD_DIM).bfloat16()
-        out, expected = (
-            cache.attend(0, where)(*(x.to(cache.keys.dtype) for x in (4 * q, k, v)), 1.0, 0.0)
-            for cache in caches
-        )
-        last = out
-        assert out.dtype == torch.bfloat16 and out.shape == expected.shape
-        assert (out - expected).norm() < 0.01 * expected.norm()
-    assert counts == [4, 4, 1]  # of the last scale
-    where = schedule.slices[-1]
-    alone = KVCache(1, 1, HEADS, schedule.seq_len, HEAD_DIM, torch.bfloat16, cpu)
-    alone.keys.copy_(caches[0].keys[:, 1:2]), alone.values.copy_(caches[0].values[:, 1:2])
-    one = alone.attend(0, where)(*(x[1:2] for x in (4 * q, k, v)), 1.0, 0.0)
-    assert counts[3:] == [3] and torch.equal(one, last[1:2])  # whatever comes with it
-    monkeypatch.setattr(attention_module, "MOST_OF_A_HEAD", 64 * 84 - 1)
-    caches[0].attend(0, where)(4 * q, k, v, 1.0, 0.0)
-    assert len(counts) == 4  # by torch, which needs no memory for weights
 
 
 @torch.no_grad()

@@ -1,11 +1,11 @@
-"""How a transformer is computed changes nothing of what it computes: recomputed, compiled."""
+"""Execution options change nothing of what a transformer computes: checkpointing, compiling."""
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from helpers.tiny import BLOCKS, tiny_transformer
-from var_exp.transformer.var import Computing, call_block
+from var_exp.transformer.var import ExecutionOptions, call_block
 
 
 def loss_and_gradients(transformer, inputs, labels):
@@ -23,19 +23,20 @@ def given(transformer):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("recompute", [0.5, 1.0])
-def test_recomputed_blocks_have_the_same_gradients_to_the_bit_dropout_included(block, recompute):
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_recomputed_blocks_have_the_same_gradients_to_the_bit_dropout_included(block, share):
     transformer = tiny_transformer(block=block, dropout=0.2, drop_path=0.2).train()
     batch = given(transformer)
     loss, gradients = loss_and_gradients(transformer, *batch)
-    transformer.computing = Computing(recompute=recompute)
+    transformer.execution = ExecutionOptions(activation_checkpointing=share)
     again, others = loss_and_gradients(transformer, *batch)
     assert torch.equal(loss, again) and all(map(torch.equal, gradients, others))
 
 
 def test_a_share_of_the_blocks_is_recomputed_evenly_spread():
     def chosen(share, depth):
-        return [i for i in range(depth) if Computing(recompute=share).recomputes(i)]
+        options = ExecutionOptions(activation_checkpointing=share)
+        return [i for i in range(depth) if options.checkpoints(i)]
 
     assert chosen(0, 8) == [] and chosen(1, 8) == list(range(8))
     assert chosen(0.5, 8) == [1, 3, 5, 7] and chosen(0.25, 8) == [3, 7]
@@ -48,7 +49,7 @@ def test_recomputed_blocks_run_twice_in_training_and_once_without_gradients():
         calls.append(1)
         return call_block(*args)
 
-    transformer.computing = Computing(recompute=0.5, call=counted)
+    transformer.execution = ExecutionOptions(activation_checkpointing=0.5, call=counted)
     loss_and_gradients(transformer, *given(transformer))
     assert len(calls) == 4 + 2
     calls.clear()
@@ -58,16 +59,16 @@ def test_recomputed_blocks_run_twice_in_training_and_once_without_gradients():
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("attention", ["mask", "segments"])
+@pytest.mark.parametrize("attention", ["mask", "per_scale"])
 def test_blocks_are_compiled_once_for_all_and_no_key_changes(block, attention):
     torch._dynamo.reset()
     transformer = tiny_transformer(block=block, depth=10).train()
     keys, batch = list(transformer.state_dict()), given(transformer)
-    transformer.computing = Computing(attention)
+    transformer.execution = ExecutionOptions(attention)
     loss, gradients = loss_and_gradients(transformer, *batch)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call_block, backend=counter, dynamic=False)
-    transformer.computing = Computing(attention, call=compiled)
+    transformer.execution = ExecutionOptions(attention, call=compiled)
     for _ in range(2):
         again, others = loss_and_gradients(transformer, *batch)
         torch.testing.assert_close(again, loss)
@@ -82,7 +83,7 @@ def test_blocks_that_drop_branches_at_rates_of_their_own_are_compiled_once_too()
     transformer = tiny_transformer(depth=10, drop_path=0.2).train()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call_block, backend=counter, dynamic=False)
-    transformer.computing = Computing(call=compiled)
+    transformer.execution = ExecutionOptions(call=compiled)
     loss_and_gradients(transformer, *given(transformer))
     assert counter.frame_count == 2  # the first block has no rate
 
@@ -93,7 +94,8 @@ def test_what_the_compiler_makes_of_the_blocks_says_the_same():
     transformer = tiny_transformer(depth=2).train()
     batch = given(transformer)
     loss, gradients = loss_and_gradients(transformer, *batch)
-    transformer.computing = Computing("segments", call=torch.compile(call_block, dynamic=False))
+    compiled = torch.compile(call_block, dynamic=False)
+    transformer.execution = ExecutionOptions("per_scale", call=compiled)
     again, others = loss_and_gradients(transformer, *batch)
     torch.testing.assert_close(again, loss)
     for ours, expected in zip(others, gradients, strict=True):

@@ -10,7 +10,7 @@ from helpers.tiny import BLOCKS, tiny_transformer
 from var_exp.configurable import build
 from var_exp.scales import ScaleSchedule
 from var_exp.transformer.block import MLP, SwiGLU
-from var_exp.transformer.rope import rotate, rotation_of
+from var_exp.transformer.rope import rotate, rotation_table
 
 OPTIONS = {"rope": True, "mlp": "swiglu", "norm": "rms"}
 each_option = pytest.mark.parametrize("option", OPTIONS)
@@ -23,7 +23,7 @@ every_block = pytest.mark.parametrize("block", BLOCKS)
 def test_each_option_changes_the_logits_and_travels_with_the_spec(option, block):
     network = tiny_transformer(block=block, **{option: OPTIONS[option]})
     weights, inputs = network.state_dict(), torch.randn(2, 54, 4)
-    again = build(json.loads(json.dumps(network.spec))).eval()
+    again = build(json.loads(json.dumps(network.config))).eval()
     again.load_state_dict(weights)
     assert torch.equal(again(inputs), network(inputs))
     without = tiny_transformer(block=block)
@@ -50,7 +50,7 @@ def test_no_option_gives_a_tensor_another_name(block):
 def test_a_logit_knows_how_far_apart_two_places_are_and_not_where(size):
     schedule = ScaleSchedule([size])
     q, k = torch.randn(2, 1, 1, 1, 8)
-    rotation = rotation_of(schedule, 8)
+    rotation = rotation_table(schedule, 8)
     everywhere = (1, 1, schedule.seq_len, 8)
     queries, keys = rotate(q.expand(everywhere), rotation), rotate(k.expand(everywhere), rotation)
     logits = (queries @ keys.mT).view(*size, *size)
@@ -68,15 +68,15 @@ def test_one_place_of_the_image_has_the_same_angles_at_every_scale():
     """A cell of a map that is three times finer along both axes has the centre of the coarser."""
     for coarse, fine in (((1, 1), (3, 3)), ((2, 2), (6, 6)), ((1, 2), (3, 6)), ((3, 1), (9, 3))):
         schedule = ScaleSchedule([coarse, fine])
-        first, second = rotation_of(schedule, 16).split(schedule.num_tokens, dim=1)
+        first, second = rotation_table(schedule, 16).split(schedule.num_tokens, dim=1)
         centres = second.unflatten(1, fine)[:, 1::3, 1::3]  # (2, h, w, E / 2)
         torch.testing.assert_close(first.unflatten(1, coarse), centres)
-    whole, quarters, _ = rotation_of(ScaleSchedule([1, 2, 5]), 16).split([1, 4, 25], dim=1)
+    whole, quarters, _ = rotation_table(ScaleSchedule([1, 2, 5]), 16).split([1, 4, 25], dim=1)
     assert not torch.allclose(whole, quarters[:, :1], atol=0.1)
 
 
 def test_rows_turn_the_first_half_of_a_head_and_columns_the_second():
-    rotation = rotation_of(ScaleSchedule([[2, 3]]), 8).unflatten(1, (2, 3))  # (2, h, w, E / 2)
+    rotation = rotation_table(ScaleSchedule([[2, 3]]), 8).unflatten(1, (2, 3))  # (2, h, w, E / 2)
     rows, columns = rotation.chunk(2, dim=-1)
     assert torch.equal(rows, rows[:, :, :1].expand_as(rows))
     assert torch.equal(columns, columns[:, :1].expand_as(columns))

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from var_exp.configurable import build
-from var_exp.io.files import check_seal, read_tensors, replacing, seal, sync
+from var_exp.configurable import build, with_current_names
+from var_exp.io.files import atomic_write, read_tensors, sync, verify_checksum, write_checksum
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
 
@@ -47,7 +47,7 @@ def describe(
     return {
         "format": FORMAT,
         "stage": stage,
-        "networks": {name: network.spec for name, network in networks.items()},
+        "networks": {name: network.config for name, network in networks.items()},
         "patch_nums": tokenizer.schedule.patch_nums,
         "tokenizer_fingerprint": tokenizer.fingerprint(),
         "class_names": class_names,
@@ -85,12 +85,12 @@ def write_checkpoint(content: dict[str, Any], path: str | Path, keep: Path | Non
         OSError: it could not be written; what stood at `path` stays.
     """
     path = Path(path)
-    with replacing(path, keep) as unfinished:
+    with atomic_write(path, keep) as unfinished:
         try:
             torch.save(content, unfinished)
         except RuntimeError as error:  # how torch says that the disk is full
             raise OSError(str(error).splitlines()[0]) from None
-        seal(unfinished)
+        write_checksum(unfinished)
         sync(unfinished)
     sync(path.parent)
 
@@ -118,9 +118,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"version of var-exp that wrote it"
         )
     try:
-        check_seal(path)  # last: files that are none of ours are told by what they hold
+        verify_checksum(path)  # last: files that are none of ours are told by what they hold
     except ValueError as error:
         raise ValueError(f"checkpoint: {str(path)!r}: {error}") from None
+    networks = content[KEY].get("networks")
+    content[KEY]["networks"] = with_current_names(networks)
     return content
 
 

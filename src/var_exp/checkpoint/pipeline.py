@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from var_exp.checkpoint.checkpoint import load_networks
 from var_exp.configurable import build
-from var_exp.io.files import replacing
+from var_exp.io.files import atomic_write
 from var_exp.sampling.compile import compile_for_sampling
 from var_exp.sampling.generate import check_fit, generate
+from var_exp.sampling.labels import take_turns
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
 
@@ -79,7 +80,7 @@ class VARPipeline:
         Raises:
             ValueError: an argument out of its range.
         """
-        classes = self._take_turns(labels, num_samples)
+        classes = self._labels(labels, num_samples)
         if batch_size < 1:
             raise ValueError(f"pipeline: batch_size must be at least 1, got {batch_size}")
         images = [
@@ -98,7 +99,7 @@ class VARPipeline:
         ]
         return torch.cat(images)
 
-    def _take_turns(self, labels, num_samples: int | None) -> list[int]:
+    def _labels(self, labels, num_samples: int | None) -> list[int]:
         labels = torch.as_tensor(self.transformer.num_classes if labels is None else labels)
         if labels.numel() and labels.is_floating_point():
             raise ValueError(f"pipeline: labels must be whole numbers, got {labels.tolist()}")
@@ -109,7 +110,7 @@ class VARPipeline:
                 f"pipeline: expected at least 1 label and 1 sample, got {len(asked)} labels and "
                 f"num_samples={num_samples}"
             )
-        return [asked[i % len(asked)] for i in range(count)]
+        return take_turns(asked, range(count))
 
     def to(self, device: str | torch.device) -> "VARPipeline":
         """Move both networks to a device."""
@@ -133,7 +134,7 @@ class VARPipeline:
         folder = Path(folder)
         config = {
             "format": FORMAT,
-            "networks": {name: getattr(self, name).spec for name in NETWORKS},
+            "networks": {name: getattr(self, name).config for name in NETWORKS},
             "class_names": list(self.class_names),
         }
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,9 +143,9 @@ class VARPipeline:
         for name in NETWORKS:
             state = getattr(self, name).state_dict()
             tensors = {key: value.cpu().contiguous() for key, value in state.items()}
-            with replacing(folder / name / WEIGHTS) as unfinished:
+            with atomic_write(folder / name / WEIGHTS) as unfinished:
                 save_file(tensors, unfinished, metadata={"format": "pt"})
-        with replacing(folder / CONFIG) as unfinished:
+        with atomic_write(folder / CONFIG) as unfinished:
             unfinished.write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod

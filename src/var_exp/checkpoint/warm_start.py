@@ -25,7 +25,7 @@ STAGES = {"tokenizer": "tokenizer", "transformer": "var"}  # network: the stage 
 
 # Arguments that two networks need not share: what is converted, and what only training sees.
 FREE = {"patch_nums", "num_classes", "dropout", "drop_path", "gate_init"}
-FREE |= {"beta", "scale_drop", "scale_drop_from", "entropy", "entropy_temperature"}
+FREE |= {"beta", "quantizer_dropout", "quantizer_dropout_from", "entropy", "entropy_temperature"}
 FREE |= {"decay", "restart_below", "start_from"}
 SHOWN = 4  # differences that a refusal names
 
@@ -135,7 +135,7 @@ def _nearest(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> int:
 
 def _transformer_facts(network: VAR) -> dict[str, Any]:
     """What its weights depend on, sizes that follow from others included."""
-    facts = _flat(network.spec, "transformer")
+    facts = _flat(network.config, "transformer")
     facts["transformer.width"], facts["transformer.num_heads"] = network.width, network.num_heads
     facts["transformer.mlp_ratio"] = network.blocks[0].mlp.fc2.in_features / network.width
     if facts["transformer.qk_norm"]:
@@ -171,7 +171,7 @@ def warm_start_tokenizer(network: VQVAE, source: VQVAE) -> None:
 
 
 def _tokenizer_facts(network: VQVAE) -> dict[str, Any]:
-    facts = _flat(network.spec, "tokenizer")
+    facts = _flat(network.config, "tokenizer")
     if isinstance(network.quantizer.codebook(0), Codebook):  # however it is learned
         facts["tokenizer.quantizer.codebook._target_"] = "a table of codes"
     for part in ("encoder", "decoder"):

@@ -9,18 +9,24 @@ number of workers nor an interruption changes it. Where the images were encoded 
 """
 
 from collections.abc import Iterable
+from typing import Annotated, Literal
 
 import lightning as L
 import torch
+from annotated_types import Ge, Le
+from pydantic import PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from var_exp.configurable import Seed, checked
 from var_exp.data.sampler import GlobalBatchSampler
 from var_exp.data.source import Batch, CodeBatch, ImageSource, RawImage, rng_for
 from var_exp.data.tokens.cache import TokenCache
 from var_exp.data.tokens.dataset import TrainCodes, ValCodes
-from var_exp.data.workers import AUTO, check_loading, number_of_workers
+from var_exp.data.workers import AUTO, Workers, number_of_workers
 from var_exp.distributed.signals import ignore_signals
+
+Prefetch = Annotated[int, Ge(1), Le(1000)]
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -34,17 +40,17 @@ class ImageDataModule(L.LightningDataModule):
     val_batch_size: images per validation batch of one process
     """
 
+    @checked
     def __init__(
         self,
         source: ImageSource,
-        seed: int = 0,
-        num_workers: int | str = 0,
-        pin_memory: bool | str = False,
-        prefetch: int = 2,
-        val_batch_size: int = 64,
+        seed: Seed = 0,
+        num_workers: Workers = 0,
+        pin_memory: bool | Literal["auto"] = False,
+        prefetch: Prefetch = 2,
+        val_batch_size: PositiveInt = 64,
     ):
         super().__init__()
-        check_loading(num_workers, pin_memory, prefetch)
         self.source = source
         self.seed = seed
         self.num_workers = num_workers

@@ -12,6 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn.functional import interpolate
 
+from var_exp.configurable import Seed, checked
 from var_exp.data.source import ImageSource, TensorImages, stratified_split
 
 NUM_VAL = 360
@@ -24,7 +25,8 @@ class Digits(ImageSource):
     seed: of the split; leave it, or figures of different runs do not compare
     """
 
-    def __init__(self, name: str = "digits", image_size: int | Sequence[int] = 16, seed: int = 0):
+    @checked
+    def __init__(self, name: str = "digits", image_size: int | Sequence[int] = 16, seed: Seed = 0):
         super().__init__(name, image_size, channels=1, class_names=[str(d) for d in range(10)])
         self.seed = seed
 

@@ -17,19 +17,22 @@ run sees the same images.
 """
 
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
+from annotated_types import Gt, Lt
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from var_exp.configurable import Seed, checked
 from var_exp.data.source import ImageSource, RawImage, stratified_split, to_unit_range
 
 RESIZE_RATIO = 1.125
 ON_BAD_IMAGE = ("raise", "skip")
+ValFraction = Annotated[float, Gt(0), Lt(1)]
 
 
 class EncodedSource(ImageSource):
@@ -47,27 +50,23 @@ class EncodedSource(ImageSource):
     #: The option that says where the images are; messages name it.
     place_option = "data.root=DIR"
 
+    @checked
     def __init__(
         self,
         name: str,
         image_size: int | Sequence[int] = 64,
         channels: int = 3,
-        val_fraction: float = 0.1,
+        val_fraction: ValFraction = 0.1,
         flip: bool = False,
         crop: str = "var",
         expected_classes: int | None = None,
         on_bad_image: str = "raise",
-        seed: int = 0,
+        seed: Seed = 0,
     ):
         super().__init__(name, image_size, channels)
         if crop not in CROPS:
             raise ValueError(
                 f"{name}: crop is {crop!r}, expected one of {', '.join(CROPS)} (data.crop)"
-            )
-        if not 0 < val_fraction < 1:
-            raise ValueError(
-                f"{name}: val_fraction is {val_fraction}, expected more than 0 and less than 1 "
-                "(data.val_fraction)"
             )
         if on_bad_image not in ON_BAD_IMAGE:
             raise ValueError(

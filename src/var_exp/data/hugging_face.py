@@ -17,10 +17,12 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 from PIL import Image
+from pydantic import PositiveInt
 
+from var_exp.configurable import checked
 from var_exp.data.encoded import EncodedImages, EncodedSource
 from var_exp.data.parquet_images import ParquetImages, decode_struct, open_parquet, read_row_groups
-from var_exp.data.shuffle import block_order, check_order
+from var_exp.data.shuffle import block_order
 
 
 class HuggingFace(EncodedSource):
@@ -34,13 +36,14 @@ class HuggingFace(EncodedSource):
     image_column, label_column: their names; no label_column trains without classes
     revision:     branch, tag or commit on the hub
     streamed:     read parquet files where they are
-    buffer:       images that are shuffled with each other at a time where it is streamed
-    lanes:        row groups that are read side by side then, over all ranks
+    shuffle_buffer:       images that are shuffled with each other at a time where it is streamed
+    num_streams:        row groups that are read side by side then, over all ranks
     options:      those of `EncodedSource`
     """
 
     place_option = "data.path=..."
 
+    @checked
     def __init__(
         self,
         path: str | None,
@@ -52,16 +55,15 @@ class HuggingFace(EncodedSource):
         label_column: str | None = "label",
         revision: str | None = None,
         streamed: bool = False,
-        buffer: int = 1024,
-        lanes: int = 8,
+        shuffle_buffer: PositiveInt = 1024,
+        num_streams: PositiveInt = 8,
         **options,
     ):
         super().__init__(name, **options)
-        check_order(name, buffer, lanes)
         self.path, self.config, self.revision = path, config, revision
         self.split, self.val_split = split, val_split
         self.image_column, self.label_column = image_column, label_column
-        self.streamed, self.buffer, self.lanes = streamed, buffer, lanes
+        self.streamed, self.shuffle_buffer, self.num_streams = streamed, shuffle_buffer, num_streams
 
     def prepare(self) -> None:
         self._check_path()
@@ -90,7 +92,7 @@ class HuggingFace(EncodedSource):
     def order(self, seed: int, epoch: int) -> np.ndarray:
         if not self.streamed:
             return super().order(seed, epoch)
-        return block_order(self.train.group, self.buffer, self.lanes, seed, epoch)
+        return block_order(self.train.group, self.shuffle_buffer, self.num_streams, seed, epoch)
 
     def _check_path(self) -> None:
         if self.path is None:
@@ -140,7 +142,7 @@ class HuggingFace(EncodedSource):
         groups = read_row_groups(files, self.label_column)
         # Of each lane: what the buffer reaches over, and the groups that it begins and ends in.
         rows_of_group = max(1, len(groups.labels)) / max(1, len(groups.file))
-        max_kept = 2 * self.lanes + int(self.buffer / rows_of_group)
+        max_kept = 2 * self.num_streams + int(self.shuffle_buffer / rows_of_group)
 
         def select(numbers: np.ndarray) -> ParquetImages:
             return ParquetImages(

@@ -22,16 +22,15 @@ from var_exp.data.encoded import ON_BAD_IMAGE, decode
 from var_exp.data.image_folder import ImageFolder
 from var_exp.data.shards.index import (
     CLASSES,
-    Scanned,
     find_shards,
     make_index,
     read_index,
     scan_shard,
     write_index,
 )
-from var_exp.data.shards.parallel import Count, each
 from var_exp.data.shards.writer import BadImages, begin, plan, write_shard
-from var_exp.io.files import replacing
+from var_exp.io.files import atomic_write
+from var_exp.io.parts import in_processes
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -65,20 +64,22 @@ def pack(
     source.setup()
     jobs = plan(source, out, max_bytes, seed)
     skip = on_bad_image == "skip"
-    begin(out, jobs, {"max_bytes": max_bytes, "on_bad_image": on_bad_image, "seed": seed})
-    total = len(source.train) + len(source.val)
-    written = each(write_shard, [(job, skip) for job in jobs], workers, total, "image")
+    options = {"max_bytes": max_bytes, "on_bad_image": on_bad_image, "seed": seed}
+    parts = begin(out, jobs, options)
+    written = in_processes(write_shard, [(job, skip, parts) for job in jobs], workers, "shard")
     bad = [entry for result in written for entry in result.bad]
     if any(result.scanned is None for result in written):
         tell(bad)
+        total = len(source.train) + len(source.val)
         raise ValueError(
             f"{len(bad)} of {total} images do not decode, the first is '{bad[0][0]}' "
             f"({bad[0][1]}): remove them, or leave them out by --on-bad-image skip"
         )
     if source.class_names:
-        with replacing(out / CLASSES) as unfinished:
+        with atomic_write(out / CLASSES) as unfinished:
             unfinished.write_text(json.dumps(list(source.class_names)) + "\n")
     names = [job.path.name for job in jobs]
+    parts.finish(names)
     write_index(out, make_index(out, names, [result.scanned for result in written]))
     return bad
 
@@ -92,15 +93,8 @@ def index_shards(root: Path, workers: int = 0) -> None:
     names = find_shards(root)
     if not names:
         raise ValueError(f"no *.tar under '{root}', expected shards to index")
-    jobs = [(root / name,) for name in names]
-    scanned = each(scan_counted, jobs, workers, len(jobs), "shard")
+    scanned = in_processes(scan_shard, [(root / name,) for name in names], workers, "shard")
     write_index(root, make_index(root, names, scanned))
-
-
-def scan_counted(path: Path, count: Count) -> Scanned:
-    found = scan_shard(path)
-    count(1)
-    return found
 
 
 def check_shards(root: Path, workers: int = 0) -> BadImages:
@@ -114,12 +108,12 @@ def check_shards(root: Path, workers: int = 0) -> BadImages:
     for number, shard in enumerate(index.shards):
         here = index.rows["shard"] == number
         jobs.append((root / shard, {name: row[here] for name, row in index.rows.items()}))
-    found = each(check_shard, jobs, workers, len(index.rows["shard"]), "image")
+    found = in_processes(check_shard, jobs, workers, "shard")
     strangers = sorted(set(find_shards(root)) - set(index.shards))
     return [(str(root / name), "not in the index") for name in strangers] + sum(found, [])
 
 
-def check_shard(path: Path, rows: dict[str, np.ndarray], count: Count) -> BadImages:
+def check_shard(path: Path, rows: dict[str, np.ndarray]) -> BadImages:
     try:
         scanned = scan_shard(path).rows
     except ValueError as error:
@@ -137,7 +131,6 @@ def check_shard(path: Path, rows: dict[str, np.ndarray], count: Count) -> BadIma
                 decode(io.BytesIO(file.read(size)), str(path), "RGB")
             except ValueError as error:
                 bad.append((f"{path}, byte {offset}", str(error.__cause__)))
-            count(1)
     return bad
 
 

@@ -19,9 +19,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from var_exp.configurable import Seed, checked
 from var_exp.data.source import ImageSource, rng_for
 
 
@@ -81,13 +83,14 @@ class Shapes(ImageSource):
 
     endless = True
 
+    @checked
     def __init__(
         self,
         name: str = "shapes",
         image_size: int | Sequence[int] = 32,
-        num_train: int = 10_000,
-        num_val: int = 1_000,
-        seed: int = 0,
+        num_train: PositiveInt = 10_000,
+        num_val: PositiveInt = 1_000,
+        seed: Seed = 0,
     ):
         super().__init__(name, image_size, channels=3, class_names=[" ".join(c) for c in CLASSES])
         if min(num_train, num_val) < 1:
@@ -110,7 +113,7 @@ class Shapes(ImageSource):
             ShapeImages(self.image_size, self.num_val, self.seed, SPLITS["val"]),
         )
 
-    def judge(self, images: Tensor) -> Tensor:
+    def classify(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [-1, 1] -> the class (B,) that each shows, -1 for none."""
         return judge_shapes(images)
 
@@ -189,7 +192,7 @@ def coverage(
     return (0.5 - shape.distance(x, y) * radius * min(image_size)).clamp(0, 1)
 
 
-# The judge: what an image shows, from its pixels alone.
+# The classifier: what an image shows, from its pixels alone.
 
 JUDGED_SIDE = 32  #    larger images are averaged down to about this
 ANGLES = range(-20, 21, 5)

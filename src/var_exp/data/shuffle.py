@@ -5,12 +5,12 @@ order at random and the images are shuffled within a buffer, as a streaming read
 the order is an array that follows from (seed, epoch): nothing is kept, nothing is replayed.
 
     1. Shuffle the blocks, and the images within each; lay them end to end.
-    2. Cut the line into `lanes` equal pieces.
+    2. Cut the line into `num_streams` equal pieces.
     3. Shuffle each lane within its share of the buffer: image i goes to i + share * U[0, 1), and
        sorting by that moves no image further than the share.
-    4. Deal the lanes out in turn: position p of the epoch is from lane p mod `lanes`.
+    4. Deal the num_streams out in turn: position p of the epoch is from lane p mod `num_streams`.
 
-A rank takes every R-th position. So where R divides the number of lanes, a rank reads its own
+A rank takes every R-th position. So where R divides the number of num_streams, a rank reads its own
 blocks and none of the others', although the order does not depend on R.
 
 Letters: N images, R ranks.
@@ -21,32 +21,25 @@ import numpy as np
 from var_exp.data.source import epoch_order, rng_for
 
 
-def block_order(blocks: np.ndarray, buffer: int, lanes: int, seed: int, epoch: int) -> np.ndarray:
+def block_order(
+    blocks: np.ndarray, shuffle_buffer: int, num_streams: int, seed: int, epoch: int
+) -> np.ndarray:
     """The order (N,) int64 of one epoch, each image once.
 
     Args:
         blocks: (N,) the block that each image lies in, counted from 0.
-        buffer: images that are mixed with each other at a time. A set that is no larger is
+        shuffle_buffer: images that are mixed with each other at a time. A set that is no larger is
             shuffled as a whole.
-        lanes: pieces of the line that are read side by side.
+        num_streams: pieces of the line that are read side by side.
     """
     count = len(blocks)
-    if count <= buffer:
+    if count <= shuffle_buffer:
         return epoch_order(count, seed, epoch)
     rng = rng_for(seed, epoch)
     turn = rng.permutation(int(blocks.max()) + 1)
     line = np.lexsort((rng.random(count), turn[blocks]))  # (N,)
     order = np.empty(count, dtype=np.int64)
-    for lane, piece in enumerate(np.array_split(line, lanes)):
-        places = np.arange(len(piece)) + buffer / lanes * rng.random(len(piece))
-        order[lane::lanes] = piece[np.argsort(places)]
+    for lane, piece in enumerate(np.array_split(line, num_streams)):
+        places = np.arange(len(piece)) + shuffle_buffer / num_streams * rng.random(len(piece))
+        order[lane::num_streams] = piece[np.argsort(places)]
     return order
-
-
-def check_order(name: str, buffer: int, lanes: int) -> None:
-    """ValueError where the options of `block_order` are out of range."""
-    if buffer < 1 or lanes < 1:
-        raise ValueError(
-            f"{name}: buffer is {buffer} and lanes {lanes}, expected at least 1 of both "
-            "(data.buffer, data.lanes)"
-        )

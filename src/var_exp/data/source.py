@@ -46,7 +46,7 @@ class ImageSource:
     """A set of images with a training and a validation part.
 
     Subclasses implement `load`; they override `prepare` where something must be fetched
-    first, `train_transform` to augment, and `judge` where pixels alone tell the class.
+    first, `train_transform` to augment, and `classify` where pixels alone tell the class.
 
     name:        how the set is called in folders and reports
     image_size:  the side, or (height, width), of what the transforms return
@@ -60,7 +60,7 @@ class ImageSource:
     #: processes which load ahead pay. Sets that lie in memory need none.
     costly: bool = False
     #: (B, C, H, W) in [-1, 1] -> (B,) class shown, -1 for none; or None: pixels cannot tell.
-    judge: Callable[[Tensor], Tensor] | None = None
+    classify: Callable[[Tensor], Tensor] | None = None
     #: How validation images are cut out of larger ones, where they are; figures carry its name.
     crop: str | None = None
 

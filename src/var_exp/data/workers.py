@@ -6,9 +6,15 @@ is left for training, the rest load. Whatever the number, batches are the same.
 """
 
 import os
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+
+from var_exp.configurable import checked
 
 AUTO = "auto"
 MOST = 16  # more seldom help: memory and the disk are the limit by then
+Workers = Literal["auto"] | Annotated[int, Ge(0), Le(256)]
 
 
 def cores_of_process(processes: int = 1) -> int:
@@ -27,7 +33,8 @@ def cores_of_process(processes: int = 1) -> int:
     return max(1, cores // processes)
 
 
-def number_of_workers(asked: int | str, processes: int = 1) -> int:
+@checked
+def number_of_workers(asked: Workers, processes: int = 1) -> int:
     """A number of loading processes as it was asked for, or for "auto" one that fits the machine.
 
     Args:
@@ -38,17 +45,4 @@ def number_of_workers(asked: int | str, processes: int = 1) -> int:
     """
     if asked == AUTO:
         return min(cores_of_process(processes) - 1, MOST)
-    if type(asked) is not int or asked < 0:  # and so no bool
-        raise ValueError(
-            f"datamodule.num_workers: expected auto or a whole number >= 0, got {asked!r}"
-        )
     return asked
-
-
-def check_loading(num_workers: int | str, pin_memory: bool | str, prefetch: int) -> None:
-    """Raise ValueError for options that a loader could not have."""
-    number_of_workers(num_workers)
-    if pin_memory != AUTO and type(pin_memory) is not bool:
-        raise ValueError(f"datamodule.pin_memory: expected auto, true or false, got {pin_memory!r}")
-    if type(prefetch) is not int or prefetch < 1:
-        raise ValueError(f"datamodule.prefetch: expected a whole number >= 1, got {prefetch!r}")

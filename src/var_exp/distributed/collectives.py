@@ -15,7 +15,7 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     return rank() == 0
 
 
@@ -33,14 +33,14 @@ def common_batches(count: int, batch_size: int) -> int:
     return math.ceil(count // world_size() / batch_size)
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum over all processes, in place of the values."""
     if is_distributed():
         dist.all_reduce(values)
     return values
 
 
-def max_over_ranks(value: int, device: torch.device) -> int:
+def all_reduce_max(value: int, device: torch.device) -> int:
     """The largest value of all processes; each has a device of the kind that they talk by."""
     if not is_distributed():
         return value
@@ -49,14 +49,14 @@ def max_over_ranks(value: int, device: torch.device) -> int:
     return int(largest)
 
 
-def from_first(values: Tensor) -> Tensor:
+def broadcast(values: Tensor) -> Tensor:
     """The values of the first process in all of them, in place."""
     if is_distributed():
         dist.broadcast(values, src=0)
     return values
 
 
-def of_whole_batch(values: Tensor) -> Tensor:
+def all_gather(values: Tensor) -> Tensor:
     """What all processes have of a batch, in the order that it has in one process.
 
     Each has every world_size-th image: (B / world_size, ...) -> (B, ...), without gradient.
@@ -69,8 +69,8 @@ def of_whole_batch(values: Tensor) -> Tensor:
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
-def own_part(values: Tensor) -> Tensor:
-    """This process's every world_size-th row; the inverse of `of_whole_batch`."""
+def scatter(values: Tensor) -> Tensor:
+    """This process's every world_size-th row; the inverse of `all_gather`."""
     return values[rank() :: world_size()]
 
 

@@ -30,12 +30,12 @@ class Processes(NamedTuple):
     device: torch.device
 
     @property
-    def is_first(self) -> bool:
+    def is_main_process(self) -> bool:
         return self.rank == 0
 
     def tell(self, found: Callable[[], Any]) -> Any:
         """What the first process finds, plain data, in all of them."""
-        said = [found() if self.is_first else None]
+        said = [found() if self.is_main_process else None]
         if self.size > 1:
             dist.broadcast_object_list(said)
         return said[0]
@@ -47,7 +47,7 @@ class Processes(NamedTuple):
             dist.destroy_process_group()
 
 
-def choose_device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """The device of a name; "auto" is the accelerator where there is one.
 
     Raises:
@@ -76,7 +76,7 @@ def check_processes(device: torch.device, devices: int, num_nodes: int) -> None:
 
 
 @contextmanager
-def joined(device: torch.device, devices: int, num_nodes: int) -> Iterator[Processes]:
+def process_group(device: torch.device, devices: int, num_nodes: int) -> Iterator[Processes]:
     """The processes of this job, of which this is one; they part at the end of the block.
 
     Args:

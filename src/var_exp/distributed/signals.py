@@ -24,8 +24,8 @@ from var_exp.distributed.rank import is_main_process
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 RESUMABLE = 85  # the exit code of a program that was interrupted and can go on
-GOES_ON = "the same command goes on"
-TRACE = ".interrupted"  # in the run folder: one of the processes of this start was interrupted
+RESUME_HINT = "the same command goes on"
+STOP_MARKER = ".interrupted"  # in the run folder: a process of this start was interrupted
 
 
 class Interrupted(SystemExit):
@@ -42,18 +42,18 @@ class Interrupted(SystemExit):
         return self.number.name
 
 
-class Interruption:
+class SignalHandler:
     """The signals that ask this process to stop; one object for the whole program.
 
     `noted` is the number of the first signal, None before.
     """
 
     def __init__(self) -> None:
-        self.noted: int | None = None
+        self.received: int | None = None
         self._heeded = False
 
     def __reduce__(self) -> tuple:
-        return Interruption, ()  # in another process nothing has happened yet
+        return SignalHandler, ()  # in another process nothing has happened yet
 
     def install(self) -> None:
         """Take the signals in hand, unless this is a thread that is given none."""
@@ -68,51 +68,51 @@ class Interruption:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again, self.noted = self.noted is not None, self.noted or number
+        again, self.received = self.received is not None, self.received or number
         if self._heeded:
-            raise Interrupted(self.noted)
+            raise Interrupted(self.received)
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
-    def heeded(self, heed: bool = True) -> Iterator[None]:
+    def immediate(self, heed: bool = True) -> Iterator[None]:
         """Within this block a signal ends the program on the spot, an earlier one here."""
         before, self._heeded = self._heeded, heed
         try:
-            self.stop_if_noted()
+            self.raise_if_received()
             yield
         finally:
             self._heeded = before
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def deferred(self) -> Iterator[None]:
         """Within this block signals are noted only, and end the program before or after it."""
-        with self.heeded(False):
+        with self.immediate(False):
             yield
-        self.stop_if_noted()
+        self.raise_if_received()
 
-    def stop_if_noted(self) -> None:
+    def raise_if_received(self) -> None:
         """Raise Interrupted if a signal came."""
-        if self.noted is not None:
-            raise Interrupted(self.noted)
+        if self.received is not None:
+            raise Interrupted(self.received)
 
 
-_handler = Interruption()
+_handler = SignalHandler()
 
 
 def start() -> None:
     """Take the signals in hand at the start of a program, before its slow imports."""
     global _handler
-    _handler = Interruption()
+    _handler = SignalHandler()
     _handler.install()
 
 
-def handler() -> Interruption:
+def handler() -> SignalHandler:
     """The signals of this process."""
     return _handler
 
 
-def leave(stop: Interrupted, run_dir: Path | None = None, goes_on: str = GOES_ON) -> None:
+def leave(stop: Interrupted, run_dir: Path | None = None, goes_on: str = RESUME_HINT) -> None:
     """End this process, and let the other processes of the run know why.
 
     Args:
@@ -123,9 +123,9 @@ def leave(stop: Interrupted, run_dir: Path | None = None, goes_on: str = GOES_ON
     """
     if run_dir is not None and run_dir.is_dir():
         with contextlib.suppress(OSError):
-            unfinished = run_dir / f"{TRACE}.{os.getpid()}"
+            unfinished = run_dir / f"{STOP_MARKER}.{os.getpid()}"
             unfinished.write_text(f"{stop}\n")
-            unfinished.replace(run_dir / TRACE)  # whole, for whoever reads it meanwhile
+            unfinished.replace(run_dir / STOP_MARKER)  # whole, for whoever reads it meanwhile
     if not is_main_process():
         sys.exit(0)
     lost = "" if stop.saved else "; what came after the last checkpoint could not be saved"
@@ -133,15 +133,15 @@ def leave(stop: Interrupted, run_dir: Path | None = None, goes_on: str = GOES_ON
     raise stop
 
 
-def forget_trace(run_dir: Path) -> None:
+def clear_stop_marker(run_dir: Path) -> None:
     """Called when a run starts or goes on."""
-    (run_dir / TRACE).unlink(missing_ok=True)
+    (run_dir / STOP_MARKER).unlink(missing_ok=True)
 
 
-def stop_if_traced(run_dir: Path) -> None:
+def raise_if_stopped_elsewhere(run_dir: Path) -> None:
     """Raise Interrupted if another process of this start was, where they seldom meet."""
     with contextlib.suppress(FileNotFoundError):
-        raise Interrupted(signal.Signals[(run_dir / TRACE).read_text().strip()])
+        raise Interrupted(signal.Signals[(run_dir / STOP_MARKER).read_text().strip()])
 
 
 def ignore_signals(*_: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics
 from tqdm import tqdm
 
-from var_exp.distributed.collectives import is_first, rank, world_size
+from var_exp.distributed.collectives import is_main_process, rank, world_size
 from var_exp.evaluation.networks.base import FeatureBank, FeatureNetwork, Features
 
 SEED = 0  # of the choice of images, where there are more than are asked for
@@ -63,7 +63,7 @@ def features_of(
     bank = FeatureBank().to(device)
     batches = range(0, count, batch_size)
     starts, common = batches[rank() :: world_size()], len(batches) // world_size()
-    hidden = None if is_first() else True  # None: where there is no terminal
+    hidden = None if is_main_process() else True  # None: where there is no terminal
     bar = tqdm(starts, desc="reading the reference", leave=False, disable=hidden)
     for batch, start in enumerate(bar):
         ids = torch.arange(start, min(start + batch_size, count))

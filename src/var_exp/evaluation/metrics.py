@@ -31,7 +31,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from var_exp.evaluation.networks.base import Features
 from var_exp.evaluation.reference_file import Reference
 
-Judge = Callable[[Tensor], Tensor]
+Classifier = Callable[[Tensor], Tensor]
 """Images (B, C, H, W) in [-1, 1] -> the class that each shows, (B,)."""
 
 ALL = ("fid", "inception_score", "kid", "precision", "recall")
@@ -54,16 +54,6 @@ class ScoreSettings(NamedTuple):
     kid_subset_size: int = 1000
     num_neighbours: int = 3
     seed: int = 2020
-
-    def check(self) -> None:
-        """Raise ValueError for a number that is too small."""
-        for name, value in self._asdict().items():
-            smallest = 0 if name == "seed" else 1
-            if value < smallest:
-                raise ValueError(
-                    f"evaluation: {name} must be at least {smallest}, got {value} "
-                    f"(evaluation.scores.{name})"
-                )
 
 
 def scores(
@@ -121,12 +111,12 @@ def too_few(num_fake: int, num_reference: int | None, num_features: int) -> bool
     return min(num_fake, num_fake if num_reference is None else num_reference) <= num_features
 
 
-def class_accuracy(images: Tensor, labels: Tensor, judge: Judge) -> float:
-    """Share of images (B, C, H, W) in [0, 1] that a judge takes for their labels (B,).
+def class_accuracy(images: Tensor, labels: Tensor, classify: Classifier) -> float:
+    """Share of images (B, C, H, W) in [0, 1] whose class is their label (B,).
 
-    The judge reads [-1, 1]: a source's own `judge`, or a feature network's.
+    The classifier reads [-1, 1]: a source's own `classify`, or a feature network's.
     """
-    return (judge(2 * images - 1) == labels).double().mean().item()
+    return (classify(2 * images - 1) == labels).double().mean().item()
 
 
 def _check(fake: Tensor, reference: Reference, only: Collection[str]) -> None:

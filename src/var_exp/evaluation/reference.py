@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from var_exp.distributed.collectives import barrier, is_distributed, is_first
+from var_exp.distributed.collectives import barrier, is_distributed, is_main_process
 from var_exp.evaluation.extraction import draw, features_of, seen_by, statistics_of
 from var_exp.evaluation.networks.base import FeatureNetwork
 from var_exp.evaluation.reference_file import (
@@ -154,7 +154,7 @@ def _kept(path: Path, about: dict[str, Any]) -> Reference | None:
 
 def _keep(reference: Reference, path: Path) -> None:
     """One process writes; the others wait, as they may read the next time."""
-    if is_first():
+    if is_main_process():
         try:
             save_reference(reference, path)
         except OSError as error:  # a full disk is no reason to end a training
@@ -163,5 +163,5 @@ def _keep(reference: Reference, path: Path) -> None:
 
 
 def _warn(message: str) -> None:
-    if is_first():
+    if is_main_process():
         warnings.warn(message, stacklevel=4)

@@ -19,7 +19,7 @@ from torch import Tensor
 from var_exp.evaluation.extraction import draw, features_of, seen_by, statistics_of
 from var_exp.evaluation.networks.base import FeatureNetwork
 from var_exp.io import npz
-from var_exp.io.files import replacing
+from var_exp.io.files import atomic_write
 from var_exp.io.npz import NpzError
 
 EXPECTED = "expected an .npz with mu and sigma, or with images arr_0, or none for the data set's"
@@ -54,7 +54,7 @@ def save_reference(reference: Reference, path: str | Path) -> None:
         "indices": reference.indices,
         "about": json.dumps(reference.about),
     }
-    with replacing(path) as unfinished, unfinished.open("wb") as file:
+    with atomic_write(path) as unfinished, unfinished.open("wb") as file:
         np.savez(file, **{name: x for name, x in arrays.items() if x is not None})
 
 

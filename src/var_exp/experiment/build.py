@@ -34,6 +34,8 @@ from var_exp.training.module import StageModule
 from var_exp.transformer import VAR
 
 Stage = TrainingStage | EncodingStage
+# Keys of `model.<stage>` that say how long it trains; the others are arguments of its module.
+SCHEDULE = ("batch_size", "num_batches", "epochs", "val_every", "save_every")
 
 
 # -- images -------------------------------------------------------------------------------
@@ -69,7 +71,7 @@ def tokenizer(cfg: DictConfig, images: ImageSource, run: Run, device: str = "cpu
             f"tokenizer_ckpt: the tokenizer has scales {network.schedule.patch_nums}, this run "
             f"{cfg.scales.patch_nums}; set scales.patch_nums or use another tokenizer"
         )
-    channels = network.encoder.spec["in_channels"]
+    channels = network.encoder.config["in_channels"]
     if channels != images.channels:
         raise ValueError(
             f"tokenizer_ckpt: the tokenizer is for images of {channels} channels, those of "
@@ -121,7 +123,9 @@ def module(model: DictConfig, networks: Mapping[str, nn.Module]) -> StageModule:
         model: its part of the configuration, such as `cfg.model.var`.
         networks: of the stage, by argument.
     """
-    return instantiate(model.module, _partial_=True, _convert_="all")(**networks)
+    values = OmegaConf.to_container(model, resolve=True)
+    own = {key: value for key, value in values.items() if key not in SCHEDULE}
+    return instantiate(own, _partial_=True, _convert_="all")(**networks)
 
 
 # -- stages -------------------------------------------------------------------------------
@@ -246,7 +250,7 @@ def feature_network(
 
 # -- parts that are read from files of others ----------------------------------------------
 
-PERCEPTUAL = "model.tokenizer.module.loss.perceptual"
+PERCEPTUAL = "model.tokenizer.loss.perceptual"
 
 
 def parts_from_files(cfg: DictConfig) -> dict[str, Callable[[], object]]:
@@ -265,5 +269,5 @@ def without_parts(cfg: DictConfig, keys: Iterable[str]) -> DictConfig:
     for key in keys:
         OmegaConf.update(cfg, key, None)
         if key == PERCEPTUAL:
-            cfg.model.tokenizer.module.loss.lpips = 0
+            cfg.model.tokenizer.loss.lpips = 0
     return cfg

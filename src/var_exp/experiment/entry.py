@@ -14,14 +14,18 @@ from omegaconf import DictConfig
 from var_exp.distributed import signals
 from var_exp.distributed.launch import agree_on_start
 from var_exp.distributed.rank import is_main_process
-from var_exp.distributed.signals import RESUMABLE, TRACE, Interrupted, leave
+from var_exp.distributed.signals import RESUMABLE, STOP_MARKER, Interrupted, leave
 from var_exp.distributed.slurm import SUBMIT, check_submission, requeue
 from var_exp.experiment.config.checks import check_threads
-from var_exp.experiment.config.overrides import check_groups, nearest_keys, shape_of_job
+from var_exp.experiment.config.overrides import (
+    check_groups,
+    check_renamed,
+    nearest_keys,
+    shape_of_job,
+)
 from var_exp.experiment.config.validate import check_types
 from var_exp.experiment.errors import is_of_another_process, mistake, should_report
 from var_exp.experiment.run import Run
-from var_exp.io.run_folder import remove_if_empty
 from var_exp.ops.memory import keep_memory
 
 
@@ -32,6 +36,7 @@ def launch(main: Callable[[], None], config_name: str) -> None:
         if any(re.match(r"\+*check=(?!false)", argument) for argument in sys.argv):
             sys.argv.append("hydra.run.dir=.")  # or Hydra makes the folder of the run
         with contextlib.suppress(HydraException):  # which Hydra reports itself
+            check_renamed(sys.argv[1:])
             check_groups(sys.argv[1:])
             if SUBMIT in sys.argv and "--cfg" not in sys.argv:
                 check_submission(sys.argv[1:], *shape_of_job(config_name, sys.argv[1:]))
@@ -60,10 +65,10 @@ def program(function: Callable[[DictConfig, Run], object]) -> Callable[[DictConf
         with errors_in_one_line(run):
             check_types(cfg)
             if cfg.get("check"):
-                with signals.handler().heeded():
+                with signals.handler().immediate():
                     return function(cfg, run) if is_main_process() else None
             try:
-                with signals.handler().heeded(), run.locked():
+                with signals.handler().immediate(), run.locked():
                     compute_with(cfg)
                     return function(cfg, run)
             except Interrupted as stop:
@@ -95,7 +100,7 @@ def errors_in_one_line(run: Run) -> Iterator[None]:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         if message := mistake(error):
-            remove_if_empty(run.path)
+            run.remove_if_empty()
             sys.exit(f"error: {message}" if should_report() else 1)
         if not isinstance(error, RuntimeError) or not is_of_another_process(error):
             raise
@@ -116,4 +121,4 @@ def leave_with_the_others(run: Run, error: BaseException) -> int:
         file=sys.stderr,
         flush=True,
     )
-    return RESUMABLE if (run.path / TRACE).exists() else 1
+    return RESUMABLE if (run.path / STOP_MARKER).exists() else 1

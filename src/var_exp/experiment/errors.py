@@ -11,7 +11,7 @@ WRONG_ARGUMENTS = ("unexpected keyword argument", "required positional argument"
 FULL_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
 OUT_OF_MEMORY = (
     "memory is full; take a smaller data.image_size, batch_size, "
-    "model.<stage>.module.micro_batch or network: check=true says what a run takes"
+    "model.<stage>.micro_batch_size or network: check=true says what a run takes"
 )
 
 

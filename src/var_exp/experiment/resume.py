@@ -18,9 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from var_exp.distributed.launch import is_started_again, name_of_start
+from var_exp.experiment.config.overrides import with_current_names
 from var_exp.experiment.errors import first_cause
 from var_exp.io.environment import environment
-from var_exp.io.files import replacing
+from var_exp.io.files import atomic_write
 
 # Of the configuration, what does not change what is trained, by the beginning of the key.
 FREE = (
@@ -43,8 +44,8 @@ FREE = (
 )
 # Of a stage, by the end of the key.
 FREE_OF_A_STAGE = (
-    *(".save_every", ".module.micro_batch", ".module.weights"),
-    *(".module.recompute", ".module.attention", ".module.compile"),
+    *(".save_every", ".micro_batch_size", ".weights"),
+    *(".activation_checkpointing", ".attention", ".compile"),
 )
 # What only one stage is trained with.
 OWN = {
@@ -52,8 +53,9 @@ OWN = {
     "var": ("model.var", "transformer"),
 }
 
+CONFIG = ".hydra/config.yaml"  # in a run folder: the configuration it was started with
 MISSING = "(nothing)"  # the value of a key that was not there
-ANEW = ".anew"  # in a run folder: the start of a job that began it anew
+RESTARTED = ".anew"  # in a run folder: the start of a job that began it anew
 
 
 class Change(NamedTuple):
@@ -121,14 +123,14 @@ def is_free(key: str, begun: Sequence[str]) -> bool:
 # -- a job that began anew and is started again -----------------------------------------------
 
 
-def mark_begun_anew(run_dir: Path) -> None:
+def mark_restarted(run_dir: Path) -> None:
     """Note that this job has deleted what it was to begin without."""
-    (run_dir / ANEW).write_text(name_of_start() or "")
+    (run_dir / RESTARTED).write_text(name_of_start() or "")
 
 
-def is_begun_anew(run_dir: Path) -> bool:
+def has_restarted(run_dir: Path) -> bool:
     """Whether this is another start of the job that began a run folder anew: now it goes on."""
-    path = run_dir / ANEW
+    path = run_dir / RESTARTED
     return is_started_again() and path.exists() and path.read_text() == name_of_start()
 
 
@@ -147,7 +149,7 @@ def write_record(config: DictConfig, run_dir: Path) -> None:
     OmegaConf.save(config, folder / "config.yaml")
     OmegaConf.save({"hydra": hydra}, folder / "hydra.yaml")
     OmegaConf.save(hydra.overrides.task, folder / "overrides.yaml")
-    with replacing(run_dir / "environment.json") as unfinished:
+    with atomic_write(run_dir / "environment.json") as unfinished:
         unfinished.write_text(json.dumps(environment(), indent=2) + "\n")
 
 
@@ -160,7 +162,7 @@ def read_record(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     path = run_dir / ".hydra" / "config.yaml"
     try:
         config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-        return config, json.loads((run_dir / "environment.json").read_text())
+        return with_current_names(config), json.loads((run_dir / "environment.json").read_text())
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise ValueError(
             f"resume: {str(run_dir)!r} has checkpoints, but not what they were trained with ("

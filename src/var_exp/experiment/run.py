@@ -15,20 +15,27 @@ from omegaconf import DictConfig, OmegaConf
 from var_exp.data import ImageSource
 from var_exp.distributed.launch import START, check_meeting_point
 from var_exp.distributed.rank import is_main_process
-from var_exp.distributed.signals import GOES_ON, forget_trace
+from var_exp.distributed.signals import RESUME_HINT, clear_stop_marker
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.experiment.config.checks import check_sweep, trained
+from var_exp.experiment.config.overrides import as_override
 from var_exp.experiment.resume import (
     changed_code,
     check_changes,
-    is_begun_anew,
-    mark_begun_anew,
+    has_restarted,
+    mark_restarted,
     read_record,
     write_record,
 )
 from var_exp.io.environment import environment
 from var_exp.io.lock import locked
-from var_exp.io.run_folder import Metrics, point_latest, read_metrics, write_metrics
+from var_exp.io.run_folder import (
+    Metrics,
+    point_latest,
+    read_metrics,
+    remove_if_empty,
+    write_metrics,
+)
 from var_exp.io.text import describe, shown_path, table
 from var_exp.report import write_report
 from var_exp.training.fit import StageResult
@@ -72,7 +79,7 @@ class Run:
         self.path, self.cfg = path, cfg
         resume = cfg.get("resume", "auto")
         self.metrics = Metrics({}, {})
-        self.resume = "auto" if resume == "never" and is_begun_anew(path) else resume
+        self.resume = "auto" if resume == "never" and has_restarted(path) else resume
 
     @classmethod
     def of_job(cls, cfg: DictConfig) -> "Run":
@@ -84,8 +91,8 @@ class Run:
     def resume_hint(self) -> str:
         """What to type to resume the run; its folder by name, or it would get a new one."""
         if "run_dir" not in self.cfg:
-            return GOES_ON
-        folder = f"run_dir={shown_path(self.path)}"
+            return RESUME_HINT
+        folder = as_override("run_dir", shown_path(self.path))
         if START in os.environ:  # of torchrun or srun, whose own arguments are not known here
             return f"the same command goes on with {folder}"
         given = HydraConfig.get().overrides.task
@@ -97,8 +104,12 @@ class Run:
         """Hold the folder against other runs, in the main process."""
         option = "run_dir=..." if "run_dir" in self.cfg else "out_dir=..."
         with locked(self.path, option) if is_main_process() else nullcontext():
-            forget_trace(self.path)
+            clear_stop_marker(self.path)
             yield
+
+    def remove_if_empty(self) -> None:
+        """Delete the folder that Hydra made for this start, and its parent, if they are empty."""
+        remove_if_empty(self.path)
 
     # -- before the first stage -----------------------------------------------------------
 
@@ -127,9 +138,9 @@ class Run:
         begun = [stage for stage in trained(self.cfg) if newest_path(self.path / stage)]
         if not begun or self.resume == "never" or not is_main_process():
             return
-        config, recorded = read_record(self.path)
+        config, register_config = read_record(self.path)
         now = environment()
-        code = changed_code(recorded, now)
+        code = changed_code(register_config, now)
         is_same_code = not code and not now["git_dirty"]
         found = code + check_changes(self.path, config, plain(self.cfg), begun, is_same_code)
         if found:
@@ -143,7 +154,7 @@ class Run:
         if self.resume == "never":
             for stage in stages:
                 stage.restart()
-            mark_begun_anew(self.path)
+            mark_restarted(self.path)
         write_record(self.cfg, self.path)
         point_latest(Path(self.cfg.runs_dir), self.path)
         steps = ", then ".join(map(str, stages))

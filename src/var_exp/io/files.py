@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -12,8 +13,27 @@ from typing import Any
 import torch
 
 
+def nearest(folder: Path) -> Path:
+    """The folder itself, or the nearest around it that exists."""
+    folder = folder.absolute()
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Raise ValueError where a folder, named by a key, cannot be made or written in."""
+    place = nearest(folder)
+    if not place.is_dir():
+        raise ValueError(f"{key}: expected a folder, {str(place)!r} is a file")
+    is_storage = shutil.disk_usage(place).total > 0  # /proc is none, also where one may write
+    if not is_storage or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{key}: no permission to write in {str(place)!r}, where {str(folder)!r} would be; "
+            f"choose another folder, or ask for permission"
+        )
+
+
 @contextmanager
-def replacing(path: str | os.PathLike, keep: str | os.PathLike | None = None) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike, keep: str | os.PathLike | None = None) -> Iterator[Path]:
     """A path beside `path` to write to; it takes its place once the block has ended well.
 
     Whoever is killed or fails within the block leaves what stood at `path` as it was. The
@@ -46,11 +66,11 @@ def sync(path: str | os.PathLike) -> None:
 
 # -- seals ----------------------------------------------------------------------------------
 
-SEAL = b"sha256:"
-SEAL_LENGTH = len(SEAL) + hashlib.sha256().digest_size * 2
+CHECKSUM = b"sha256:"
+CHECKSUM_LENGTH = len(CHECKSUM) + hashlib.sha256().digest_size * 2
 
 
-def seal(path: str | os.PathLike) -> None:
+def write_checksum(path: str | os.PathLike) -> None:
     """Put the SHA-256 of a zip file, as `torch.save` writes it, into the comment at its end.
 
     So the file verifies itself, whole and in one piece, and stays what it was for other readers.
@@ -59,30 +79,23 @@ def seal(path: str | os.PathLike) -> None:
         file.seek(-2, os.SEEK_END)
         assert file.read() == b"\0\0", "a zip file with a comment"
         file.seek(-2, os.SEEK_END)
-        file.write(SEAL_LENGTH.to_bytes(2, "little"))
+        file.write(CHECKSUM_LENGTH.to_bytes(2, "little"))
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.write(SEAL + digest.encode())
+        file.write(CHECKSUM + digest.encode())
 
 
-def append_seal(path: str | os.PathLike) -> None:
-    """Put the SHA-256 of a file behind it, for forms whose readers do not mind."""
-    with open(path, "r+b") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.write(SEAL + digest.encode())
-
-
-def check_seal(path: str | os.PathLike) -> None:
+def verify_checksum(path: str | os.PathLike) -> None:
     """Raise ValueError unless the file is there, and to the bit what was sealed."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - SEAL_LENGTH))
+            file.seek(max(0, size - CHECKSUM_LENGTH))
             written = file.read()
-            if not written.startswith(SEAL):
+            if not written.startswith(CHECKSUM):
                 raise ValueError("damaged: the file is not whole")
             file.seek(0)
-            digest, left = hashlib.sha256(), size - SEAL_LENGTH
+            digest, left = hashlib.sha256(), size - CHECKSUM_LENGTH
             while left > 0 and (block := file.read(min(left, 1 << 20))):
                 digest.update(block)
                 left -= len(block)
@@ -90,7 +103,7 @@ def check_seal(path: str | os.PathLike) -> None:
         raise ValueError("there is no such file") from None
     except OSError as error:
         raise ValueError(f"it cannot be read ({error.strerror})") from None
-    if written != SEAL + digest.hexdigest().encode():
+    if written != CHECKSUM + digest.hexdigest().encode():
         raise ValueError("damaged: its content is not what was written")
 
 

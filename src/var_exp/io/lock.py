@@ -1,74 +1,62 @@
 """One run at a time in a folder.
 
-A lock of the operating system on a file: it ends with the process that holds it, however that
-ends. Processes that the run starts do not inherit it, so that one of them that lives on for a
-moment does not keep the run from going on.
+The lock is the operating system's (`flock`, taken by filelock): it ends with the process that
+holds it, however that ends. From version 3.30 on, filelock closes it in forked processes, so that
+a worker which lives on for a moment does not keep the run from being resumed.
 """
 
 import contextlib
-import fcntl
+import errno
 import os
 import socket
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 NAME = ".lock"
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that have none
 
 
 @contextlib.contextmanager
 def locked(folder: Path, option: str = "run_dir=...") -> Iterator[None]:
-    """Hold a folder, which is made where it is missing.
+    """Hold a folder, which is created if it is missing.
 
-    A file system without locks is no hindrance.
+    On a file system without locks nothing is held.
 
     Args:
         option: how the folder is named on the command line.
 
     Raises:
-        ValueError: another process holds it, or nothing can be written there.
+        ValueError: another process holds the folder, or its lock file cannot be written.
     """
     path, key = folder / NAME, option.partition("=")[0]
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")
-    except OSError as error:
+        lock.acquire()
+    except Timeout:
         raise ValueError(
-            f"{key}: cannot write in {str(folder)!r} ({error.strerror}); choose another folder "
-            f"({option}), or ask for permission"
+            f"{key}: {str(folder)!r} is in use by {_holder(path)}; wait for it or stop it, or "
+            f"choose another folder ({option})"
         ) from None
-    with file:
-        if not _lock(file) or not _is_at(file, path):
-            file.seek(0)
-            who = file.read().strip() or "another process"
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
             raise ValueError(
-                f"{key}: {str(folder)!r} is in use by {who}; wait for it or stop it, or choose "
-                f"another folder ({option})"
-            )
-        file.truncate(0)
-        now = datetime.now()
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now:%F %T}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)  # while it is held
-
-
-def _lock(file: IO[str]) -> bool:
+                f"{key}: cannot write {str(path)!r} ({error.strerror}); choose another folder "
+                f"({option}), or ask for permission"
+            ) from None
+    path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%F %T}")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:  # no locks on this file system
-        return True
-    return True
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held
+        lock.release()
 
 
-def _is_at(file: IO[str], path: Path) -> bool:
-    """Whether a file is still the one at a path: who held it may just have deleted it."""
+def _holder(path: Path) -> str:
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+        return path.read_text().strip() or "another process"
+    except FileNotFoundError:  # it has just let go
+        return "another process"

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from var_exp.io.files import replacing
+from var_exp.io.files import atomic_write
 
 PROTOCOL = "protocol"  # the key of metrics.json that is no figure
 
 
-def forget_scores(path: Path) -> None:
+def delete_scores(path: Path) -> None:
     """Take the figures of samples out of a metrics.json; those of other stages stay.
 
     Raises:
@@ -26,7 +26,7 @@ def forget_scores(path: Path) -> None:
     if not kept["protocol"]:
         del kept["protocol"]
     if kept:
-        with replacing(path) as unfinished:
+        with atomic_write(path) as unfinished:
             unfinished.write_text(json.dumps(kept, indent=2) + "\n")
     else:
         path.unlink()
@@ -43,7 +43,7 @@ def remove_if_empty(run_dir: Path) -> None:
 def point_latest(runs_dir: Path, run_dir: Path) -> None:
     """Make `runs_dir / latest` point to this run."""
     runs_dir, run_dir = runs_dir.resolve(), run_dir.resolve()  # a run may be named by `latest`
-    with replacing(runs_dir / "latest") as link:
+    with atomic_write(runs_dir / "latest") as link:
         link.symlink_to(os.path.relpath(run_dir, runs_dir), target_is_directory=True)
 
 
@@ -73,7 +73,7 @@ def read_metrics(path: Path) -> Metrics:
 
 def write_metrics(metrics: Metrics, path: Path) -> None:
     """Write figures as flat JSON, and the protocols under one more key."""
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         content = metrics.figures | {PROTOCOL: metrics.protocols}
         unfinished.write_text(json.dumps(content, indent=2) + "\n")
 

@@ -1,78 +1,55 @@
-"""Doubling a map by nearest neighbour and a 3x3 convolution, as one.
+"""Nearest-neighbour upsampling followed by a 3x3 convolution, as one operator.
 
-Of the repeated pixels several meet one and the same sum of weights. With the rows a, b, c of a
-kernel, rows 2i and 2i + 1 of what comes out are, of rows x of what comes in,
+Repeated pixels meet sums of weights. With the rows a, b, c of a kernel and the rows x of the input,
+the output rows 2i and 2i + 1 are
 
     a x[i - 1] + (b + c) x[i]  =  (a + b + c) x[i] - a (x[i] - x[i - 1])
     (a + b) x[i] + c x[i + 1]  =  (a + b + c) x[i] + c (x[i + 1] - x[i])
 
-and columns likewise. On the left is a transposed convolution: 16 products for each pixel that comes
-in, where the convolution of the doubled map takes 36. On the right are three products for two rows,
-so 9 for each pixel that comes in.
+and likewise for columns. The right-hand sides take three products for two rows, so 9 for each input
+pixel, where the convolution of the upsampled map takes 36. docs/speed.md has the measurements.
 
-    B batch, I channels in, O channels out, (H, W) map that comes in
+    B batch, I input channels, O output channels, (H, W) input map
 """
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from var_exp.ops.convolution import Conv3x3, saves_products
-
-
-class Upsample(nn.Module):
-    """Double the size: nearest neighbour, then a convolution.
-
-    On a CPU in fewer products: by differences where `saves_products` allows it, elsewhere as a
-    transposed convolution. CUDA may sum that in another order each time.
-    """
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = Conv3x3(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        weight, bias = self.conv.weight, self.conv.bias
-        if saves_products(self.conv, x):
-            return upsample_by_differences(x, weight, bias)
-        return F.conv_transpose2d(x, folded(weight), bias, stride=2, padding=1)
+from var_exp.ops.convolution import empty_channels_last, to_channels_last, trades_products
 
 
-def folded(weight: Tensor) -> Tensor:
-    """The weights (I, O, 4, 4) that meet pixels once, of (O, I, 3, 3) that meet them doubled."""
-    a, b, c = weight.transpose(0, 1).unbind(2)  # (I, O, 3) each
-    a, b, c = torch.stack((c, b + c, a + b, a), dim=2).unbind(3)  # (I, O, 4) each
-    return torch.stack((c, b + c, a + b, a), dim=3)
+def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)`.
 
-
-def upsample_by_differences(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The doubled map, convolved with a padding of 1, in the dtype of x.
+    On a CPU without gradients, layers of many channels take a quarter of its products.
 
     Args:
-        x: (B, I, H, W), channels-last.
+        x: (B, I, H, W).
         weight: (O, I, 3, 3); bias: (O,).
 
     Returns:
-        (B, O, 2H, 2W), channels-last.
+        (B, O, 2H, 2W).
     """
+    x = to_channels_last(x, len(weight))
+    if trades_products(x, weight):
+        return upsample_by_differences(x, weight, bias)
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+
+
+def upsample_by_differences(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`upsample_conv2d` in nine products, in the dtype of x, from and to channels-last."""
     b, _, h, w = x.shape
-    out = torch.empty(
-        (b, len(weight), 2 * h, 2 * w),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
-    kernels = [[k.to(x.dtype) for k in row] for row in kernels_of(weight.float())]
-    # An image at a time: its sums are then the same whatever comes with it.
+    out = empty_channels_last(x, (b, len(weight), 2 * h, 2 * w))
+    kernels = [[k.to(x.dtype) for k in row] for row in difference_kernels(weight.float())]
+    # One image at a time: its sums then do not depend on the rest of the batch.
     for image, result in zip(x.split(1), out.split(1), strict=True):
         upsample_image(image, kernels, bias.to(x.dtype), result)
     return out
 
 
-def kernels_of(weight: Tensor) -> list[list[Tensor]]:
-    """(O, I, 3, 3) -> 3 x 3 of (O, I, 1, 1), of rows and of columns: their sum, -first, last."""
+def difference_kernels(weight: Tensor) -> list[list[Tensor]]:
+    """(O, I, 3, 3) -> 3 x 3 of (O, I, 1, 1), for rows and for columns: the sum, -first, last."""
     weight = weight.permute(2, 3, 0, 1).contiguous()  # (3, 3, O, I)
     a, b, c = weight.unbind(0)  # (3, O, I) each
     rows = [row.unbind(0) for row in (a + b + c, -a, c)]
@@ -80,7 +57,7 @@ def kernels_of(weight: Tensor) -> list[list[Tensor]]:
 
 
 def upsample_image(x: Tensor, kernels: list[list[Tensor]], bias: Tensor, out: Tensor) -> None:
-    """Write the doubled and convolved x (1, I, H, W) into out (1, O, 2H, 2W)."""
+    """Write the upsampled and convolved x (1, I, H, W) to out (1, O, 2H, 2W)."""
     padded = F.pad(x, (1, 1, 1, 1))
     across = padded[:, :, :, 1:] - padded[:, :, :, :-1]  # from column to column, (H + 2, W + 1)
     down = padded[:, :, 1:, 1:-1] - padded[:, :, :-1, 1:-1]  # from row to row, (H + 1, W)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from var_exp.io.files import replacing
+from var_exp.io.files import atomic_write
 from var_exp.report.charts import ACCENT, draw
 from var_exp.report.images import Picture, animate, embed
 from var_exp.report.panels import fid_by_scale, main_charts, more_charts, scale_chart
@@ -52,7 +52,7 @@ def write_page(path: Path, template: str, context: dict[str, Any]) -> Path:
         lstrip_blocks=True,
     )
     page = environment.get_template(template).render(context)
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8", errors="replace")
     return Path(path)
 

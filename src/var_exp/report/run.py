@@ -54,8 +54,8 @@ class Run:
         named = [str(stage) for stage in named] if isinstance(named, list) else []
         named = [stage for stage in named if stage != "tokens"]  # nothing is trained in it
         keys = self.metrics.figures
-        recorded = {*self.history, *(key.partition("/")[0] for key in keys if "/" in key)}
-        return [*named, *sorted(recorded - set(named), key=lambda s: (s not in STAGES, s))]
+        register_config = {*self.history, *(key.partition("/")[0] for key in keys if "/" in key)}
+        return [*named, *sorted(register_config - set(named), key=lambda s: (s not in STAGES, s))]
 
     def stage_metrics(self, stage: str) -> dict[str, float]:
         """Return the final metrics of a stage, without its name."""

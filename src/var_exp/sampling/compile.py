@@ -1,13 +1,11 @@
-"""Networks compiled for sampling: the transformer's blocks for each scale, and the decoder.
+"""Compile networks for sampling: the transformer's blocks once for each scale, and the decoder.
 
-Every scale has a number of tokens of its own, which never changes, so each gets its own code, for
-all blocks together. The decoder is compiled for GPUs alone: a CPU spends its time in convolutions,
-which are the same in compiled code. What compiling gains and costs is in docs/speed.md.
+A scale has a fixed number of tokens, so each gets its own code, shared by all blocks. The decoder
+is compiled on GPUs alone: a CPU spends its time in convolutions, which compiling leaves unchanged.
+docs/speed.md has what compiling gains and costs.
 """
 
-import itertools
-from types import FunctionType
-from typing import Any
+import functools
 
 import torch
 
@@ -15,43 +13,55 @@ from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR, KVCache
 from var_exp.transformer.var import call_block
 
+BATCH_SIZES = 8  # that may be compiled; torch runs others uncompiled, with a warning
+
 
 def compile_for_sampling(
     transformer: VAR, tokenizer: VQVAE, backend: str = "inductor", graphs: bool = False
 ) -> None:
-    """Let a pair of networks sample by compiled code, made at the first batch of each size.
+    """Compile both networks in place, at the first batch of each size; outputs change by rounding.
 
-    In place, on the device where they are to stay; no key of a state dict changes, nor anything
-    that is computed but by rounding. Each batch size is compiled by itself; after eight torch
-    stops, and goes on uncompiled.
+    State-dict keys do not change. Call it on the device where the networks are to stay.
 
     Args:
         backend: of `torch.compile`.
-        graphs: record the blocks as CUDA graphs, too, with which a GPU does not wait for Python at
-            every kernel. Keys and values then stay where they are for the next batch of the size,
-            so that one batch must be drawn after the other. It was never run: no GPU was at hand.
+        graphs: also record the blocks as CUDA graphs, so that a GPU does not wait for Python at
+            every kernel. Batches of one size then share a cache and must not overlap. Not run yet:
+            no GPU was available.
     """
-    names = [f"block_of_scale_{name}" for name in transformer.schedule.names]
     options = {"backend": backend, "dynamic": False}
-    graphed = options | ({"mode": "reduce-overhead"} if graphs else {})
-    calls = tuple(torch.compile(renamed(name), **graphed) for name in names)
-    caches = StaticCaches() if graphs else None
-    transformer.computing = transformer.computing._replace(scale_calls=calls, caches=caches)
+    mode = {"mode": "reduce-overhead"} if graphs else {}
+    limit = BATCH_SIZES * transformer.schedule.num_scales
+    limited = torch._dynamo.config.patch(recompile_limit=limit)
+    transformer.execution = transformer.execution._replace(
+        scale_call=limited(torch.compile(call_block, **options, **mode)),
+        make_cache=static_caches() if graphs else KVCache,
+    )
     if next(tokenizer.parameters()).device.type != "cpu":
         tokenizer.decoder.compile(**options)
 
 
-class StaticCaches(dict):
-    """Caches whose memory is told to the compiler as one that stays: a graph may write into it."""
+def static_caches():
+    """A `make_cache` that keeps one cache for each size, at an address that graphs may write to."""
 
-    def __setitem__(self, key: tuple[Any, ...], cache: KVCache) -> None:
-        for tensor in itertools.chain.from_iterable(cache.hold_layers()):
+    @functools.cache
+    def keep(*sizes) -> KVCache:
+        cache = KVCache(*sizes)
+        for tensor in (tensor for layer in cache.layers for tensor in layer):
             torch._dynamo.mark_static_address(tensor, guard=False)
-        super().__setitem__(key, cache)
+        return cache
+
+    def make_cache(*sizes) -> KVCache:
+        # Every call of a block would otherwise begin a generation of graphs, and free the output of
+        # the block before (https://github.com/pytorch/pytorch/issues/152887).
+        torch.compiler.cudagraph_mark_step_begin()
+        return keep(*sizes)
+
+    return make_cache
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise ValueError where torch has nothing to compile with."""
+    """Raise ValueError if torch cannot compile for this device."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # of whichever compiler
@@ -60,9 +70,3 @@ def check_compiler(device: torch.device) -> None:
             f"compile: torch cannot compile here ({reason}); install a C++ compiler, on a GPU "
             f"Triton, or leave it out (compile=false)"
         ) from None
-
-
-def renamed(name: str) -> FunctionType:
-    """A `call_block` of its own: torch counts, and limits, the versions of one function."""
-    code = call_block.__code__.replace(co_name=name)
-    return FunctionType(code, call_block.__globals__, name)

@@ -1,7 +1,7 @@
 """Sampling: labels to images, scale by scale.
 
-VAR (arXiv 2404.02905, section 3.1) draws a whole token map at once, adds what its codes mean to
-f_hat, and reads f_hat resized as the input of the next scale; ten forward passes make an image.
+VAR (arXiv 2404.02905, section 3.1) draws a whole token map at once, adds its upsampled codes to
+f_hat, and takes f_hat resized as the input of the next scale; ten forward passes make an image.
 
 Randomness belongs to the sample, not to the batch: image i of seed s draws one uniform number
 for each token from a stream of (s, i), and turns it into a code by the inverse of the
@@ -13,20 +13,33 @@ cumulative distribution. So an image does not depend on the batch it is drawn in
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
+from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
-from var_exp.ops.linear import cast_once
+from var_exp.configurable import Seed, Zero, check_value
+from var_exp.ops.linear import cached_weight_casts
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
 
-# Batches of many samples are multiples of this, which keeps a sample's arithmetic the same to the
-# last bit in batches of different size; as many are decoded at once, which bounds the memory.
+# Batch sizes are multiples of this, so that kernels sum in the same order and a sample is the same
+# to the last bit in every batch; as many samples are decoded at once, which bounds the memory.
 ROWS = 8
+
+CfgScale = Annotated[float, Ge(0), Le(1e4)]
+Temperature = Annotated[float, Ge(1e-6), Le(1e6)]  # beyond, logits leave float32
+TopP = Zero | Annotated[float, Ge(1e-6), Le(1)]
+SETTINGS = {
+    "cfg_scale": CfgScale,
+    "top_k": NonNegativeInt,
+    "top_p": TopP,
+    "temperature": Temperature,
+    "seed": Seed,
+}
 
 
 class Samples(NamedTuple):
@@ -71,7 +84,9 @@ def generate(
     Raises:
         ValueError: an argument out of its range, or networks that do not fit each other.
     """
-    check_settings(cfg_scale, top_k, top_p, temperature, seed)
+    check_settings(
+        cfg_scale=cfg_scale, top_k=top_k, top_p=top_p, temperature=temperature, seed=seed
+    )
     check_fit(transformer, tokenizer)
     if labels is not None and num_samples not in (None, len(labels)):
         raise ValueError(
@@ -91,26 +106,26 @@ def generate(
     uniforms = torch.from_numpy(draw_uniforms(seed, ids, transformer.schedule.seq_len))
     indices = []
     with evaluating(transformer, tokenizer):
-        with cast_once():
+        with cached_weight_casts():
             for k, logits in guided_logits(transformer, tokenizer, labels, cfg_scale, indices):
-                kept = keep_likeliest(logits / temperature, top_k, top_p)  # (B, n_k, V)
+                logits = filter_top_k_top_p(logits / temperature, top_k, top_p)  # (B, n_k, V)
                 u = uniforms[:, transformer.schedule.slices[k]]  # (B, n_k)
-                indices.append(draw(kept, u.to(kept.device, kept.dtype)))
+                indices.append(draw(logits, u.to(logits.device, logits.dtype)))
         images = torch.cat(list(decode_in_parts(tokenizer, indices))).add_(1).div_(2)
     return Samples(images, indices) if return_indices else images
 
 
 @contextmanager
 def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Networks in evaluation mode; whatever happens, each part is left in the mode it had."""
-    modes = [(part, part.training) for network in networks for part in network.modules()]
+    """Put networks into evaluation mode, and each of their modules back into its own at the end."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
     try:
         for network in networks:
             network.eval()
         yield
     finally:
-        for part, mode in modes:
-            part.training = mode
+        for module, mode in modes:
+            module.training = mode
 
 
 def iterate_samples(
@@ -124,7 +139,7 @@ def iterate_samples(
 ) -> Iterator[tuple[list[int], Samples]]:
     """Draw many samples, a batch at a time: an iterator over (sample ids, samples).
 
-    What is wrong with the arguments shows at the call, before anything is drawn.
+    Arguments are checked at the call, before anything is drawn.
 
     Args:
         labels: one class per sample.
@@ -155,19 +170,19 @@ def _iterate(
 ) -> Iterator[tuple[list[int], Samples]]:
     rows = round_up(min(batch_size, len(ids)))
     for start in range(0, len(ids), rows):
-        chosen, classes = ids[start : start + rows], labels[start : start + rows]
-        # Kernels sum in another order for another number of rows, so a short batch is filled up.
-        missing = round_up(len(chosen)) - len(chosen)
-        drawn = generate(
+        batch_ids, classes = ids[start : start + rows], labels[start : start + rows]
+        # Kernels sum in another order for another number of rows, so a short batch is padded.
+        n = len(batch_ids)
+        padding = round_up(n) - n
+        samples = generate(
             transformer,
             tokenizer,
-            classes + classes[-1:] * missing,
-            sample_ids=chosen + chosen[-1:] * missing,
+            classes + classes[-1:] * padding,
+            sample_ids=batch_ids + batch_ids[-1:] * padding,
             return_indices=True,
             **settings,
         )
-        n = len(chosen)
-        yield chosen, Samples(drawn.images[:n], [codes[:n] for codes in drawn.indices])
+        yield batch_ids, Samples(samples.images[:n], [codes[:n] for codes in samples.indices])
 
 
 def decode_by_rows(
@@ -178,24 +193,24 @@ def decode_by_rows(
     Convolutions choose their kernel, and with it the order of their sums, by the batch.
     """
     count = len(indices[0])
-    more = round_up(count) - count  # rows that fill the last part
-    indices = [torch.cat([c, c[:1].expand(more, -1)]) for c in indices]
-    parts = decode_in_parts(tokenizer, indices, per_scale)
+    padding = round_up(count) - count
+    indices = [torch.cat([c, c[:1].expand(padding, -1)]) for c in indices]
+    batches = decode_in_parts(tokenizer, indices, per_scale)
     if per_scale:
-        return [torch.cat(images)[:count] for images in zip(*parts, strict=True)]
-    return torch.cat(list(parts))[:count]
+        return [torch.cat(images)[:count] for images in zip(*batches, strict=True)]
+    return torch.cat(list(batches))[:count]
 
 
 def decode_in_parts(
     tokenizer: VQVAE, indices: list[Tensor], per_scale: bool = False
 ) -> Iterator[Tensor | list[Tensor]]:
-    """`tokenizer.decode` of `ROWS` samples at a time, of what is left in the end."""
+    """`tokenizer.decode` of `ROWS` samples at a time, and of the rest at the end."""
     for first in range(0, len(indices[0]), ROWS):
         yield tokenizer.decode([codes[first : first + ROWS] for codes in indices], per_scale)
 
 
 def round_up(rows: int) -> int:
-    """The size of batches that are drawn where so many rows are asked for at once."""
+    """The batch size that is drawn for so many rows: the next multiple of `ROWS`."""
     return -(-rows // ROWS) * ROWS
 
 
@@ -208,8 +223,7 @@ def guided_logits(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (k, guided logits (B, n_k, V)) scale by scale.
 
-    The caller appends the codes (B, n_k) it has chosen for scale k to `indices` before it asks
-    for the next.
+    The caller appends the codes (B, n_k) of scale k to `indices` before it asks for the next scale.
     """
     schedule, quantizer = transformer.schedule, tokenizer.quantizer
     guided = cfg_scale != 0
@@ -222,8 +236,8 @@ def guided_logits(
         mix = functools.partial(guide, t=t) if guided else None
         yield k, transformer.forward_scale(k, inputs, condition, cache, mix)
         if k + 1 < schedule.num_scales:
-            part = quantizer.upsample_codes(indices[k], k)
-            f_hat = part if f_hat is None else f_hat + part  # (B, D, H, W)
+            h = quantizer.upsample_codes(indices[k], k)
+            f_hat = h if f_hat is None else f_hat + h  # (B, D, H, W)
             inputs = quantizer.next_input(f_hat, k + 1)  # (B, n_k+1, D)
             inputs = torch.cat((inputs, inputs)) if guided else inputs
 
@@ -237,36 +251,28 @@ def guide(features: Tensor, t: float) -> Tensor:
     """Classifier-free guidance (arXiv 2207.12598): (2B, n, C) with "no class" rows -> (B, n, C).
 
     The published code mixes logits. The layer that makes them is affine and the weights add up to
-    1, so it may as well read the mixture, which is half of its work.
+    1, so mixing its input gives the same with half of its work.
     """
     cond, uncond = features.chunk(2)
     return torch.lerp(uncond, cond, 1 + t)  # in one pass
 
 
-def keep_likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+def filter_top_k_top_p(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set the logits (..., V) of codes outside top-k, then outside top-p, to -inf.
 
-    The code that crosses the mass top_p is kept (nucleus sampling, arXiv 1904.09751), and with the
-    last one all that are as likely.
+    The code that crosses the mass top_p is kept (nucleus sampling, arXiv 1904.09751), and so are
+    all codes as likely as the last one kept. 0 keeps all.
     """
-    some, most = 0 < top_k < logits.shape[-1], 0 < top_p < 1
-    if not some and not most:
+    vocab_size = logits.shape[-1]
+    by_rank, by_mass = 0 < top_k < vocab_size, 0 < top_p < 1
+    if not by_rank and not by_mass:
         return logits
-    # The likeliest alone are put in order: all of them only where top-p has no top-k before it.
-    kept = logits.topk(top_k, dim=-1, sorted=False).values if some else logits
-    if most:
-        kept = in_order(kept)
+    kept = logits.topk(top_k if by_rank else vocab_size, dim=-1, sorted=by_mass).values
+    if by_mass:
         mass = kept.softmax(dim=-1)
         outside = mass.cumsum(dim=-1) - mass >= top_p  # mass before this code
         kept = kept.masked_fill(outside, torch.inf)
     return logits.masked_fill(logits < kept.amin(dim=-1, keepdim=True), -torch.inf)
-
-
-def in_order(values: Tensor) -> Tensor:
-    """(..., V), the largest first: on a CPU by numpy, whose sort is quicker there than torch's."""
-    if values.device.type != "cpu" or values.dtype != torch.float32:
-        return values.sort(dim=-1, descending=True).values
-    return torch.from_numpy(np.sort(values.detach().numpy(), axis=-1)).flip(-1)
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -288,27 +294,16 @@ def _rng(seed: int, sample_id: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(sample_id,)))
 
 
-def check_settings(
-    cfg_scale: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 0.0,
-    temperature: float = 1.0,
-    seed: int = 0,
-) -> None:
-    """Raise ValueError for a sampling setting of another type or out of its range."""
-    for name, value, kind, expected, fits in (
-        ("cfg_scale", cfg_scale, Real, "a number >= 0 (0 is no guidance)", lambda x: x >= 0),
-        ("top_k", top_k, Integral, "a whole number >= 0 (0 keeps all codes)", lambda x: x >= 0),
-        ("top_p", top_p, Real, "in [0, 1] (0 keeps all codes)", lambda x: 0 <= x <= 1),
-        ("temperature", temperature, Real, "a number > 0", lambda x: x > 0),
-        ("seed", seed, Integral, "a whole number >= 0", lambda x: x >= 0),
-    ):
-        if not isinstance(value, kind) or not fits(value):
-            raise ValueError(f"sampling: {name} must be {expected}, got {value} ({name}=...)")
+def check_settings(**settings: float) -> None:
+    """Raise ValueError for a sampling setting of another name or type, or out of its range."""
+    for name, value in settings.items():
+        if name not in SETTINGS:
+            raise ValueError(f"sampling: expected {', '.join(SETTINGS)}, got a setting {name!r}")
+        check_value(f"sampling: {name}", value, SETTINGS[name])
 
 
 def check_fit(transformer: VAR, tokenizer: VQVAE) -> None:
-    """Raise ValueError unless the transformer speaks the tokenizer's language."""
+    """Raise ValueError if transformer and tokenizer differ in schedule, vocabulary or dimension."""
     quantizer = tokenizer.quantizer
     for name in ("schedule", "vocab_size", "code_dim"):
         ours, theirs = getattr(transformer, name), getattr(quantizer, name)

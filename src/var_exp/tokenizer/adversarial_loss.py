@@ -20,14 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var_exp.distributed.collectives import sum_over_ranks, world_size
+from var_exp.configurable import Weight, checked
+from var_exp.distributed.collectives import all_reduce_sum, world_size
 
 KEY = "adversary"
 EPS = 1e-6  # of equation 7 of VQGAN, with delta in its place
 LECAM_DECAY = 0.99
 
 
-class GameLoss(NamedTuple):
+class GANLoss(NamedTuple):
     """discriminator(real logits, fake logits) and generator(fake logits), each a scalar."""
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
@@ -53,12 +54,12 @@ def non_saturating_generator(fake: Tensor) -> Tensor:
 
 
 LOSSES = {
-    "hinge": GameLoss(hinge_discriminator, hinge_generator),
-    "non_saturating": GameLoss(non_saturating_discriminator, non_saturating_generator),
+    "hinge": GANLoss(hinge_discriminator, hinge_generator),
+    "non_saturating": GANLoss(non_saturating_discriminator, non_saturating_generator),
 }
 
 
-class Adversary(nn.Module):
+class AdversarialLoss(nn.Module):
     """A discriminator with its losses, and how much the generator listens to it.
 
     Args:
@@ -83,20 +84,19 @@ class Adversary(nn.Module):
         ValueError: an argument out of its range.
     """
 
+    @checked
     def __init__(
         self,
         discriminator: nn.Module,
-        weight: float = 0.5,
+        weight: Weight = 0.5,
         adaptive: bool = True,
-        max_weight: float = 1e4,
+        max_weight: Weight = 1e4,
         start: float | int = 0.2,
         ramp: float | int = 0.02,
-        lecam: float = 0.0,
+        lecam: Weight = 0.0,
         loss: str = "hinge",
     ):
         super().__init__()
-        for name, value in {"weight": weight, "max_weight": max_weight, "lecam": lecam}.items():
-            _check(name, value, isinstance(value, int | float) and value >= 0, "at least 0")
         for name, value in {"start": start, "ramp": ramp}.items():
             share = type(value) is float and 0 <= value <= 1
             batches = type(value) is int and value >= 0  # and so no bool
@@ -185,11 +185,11 @@ class Adversary(nn.Module):
         logit is not finite, what was remembered before is kept.
         """
         if self._gradients is not None:
-            rec, gan = (sum_over_ranks(self._gradients) / world_size()).norm(dim=1)
+            rec, gan = (all_reduce_sum(self._gradients) / world_size()).norm(dim=1)
             ratio = (rec / (gan + EPS)).clamp(max=self.max_weight)
             _remember(self.adaptive_weight, ratio, (rec + gan).isfinite())
         if self._logits is not None:
-            total, count = (sum_over_ranks(self._logits) / world_size()).unbind(1)
+            total, count = (all_reduce_sum(self._logits) / world_size()).unbind(1)
             means = self.logit_averages.lerp(total / count, 1 - LECAM_DECAY)
             _remember(self.logit_averages, means, means.isfinite().all())
         self._clear()

@@ -10,14 +10,18 @@ state dict fits without renaming; `up` is indexed by resolution and runs from la
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
-import torch
 import torch.nn.functional as F
+from annotated_types import MinLen
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from var_exp.configurable import recorded
-from var_exp.ops.convolution import WIDE, Conv3x3
-from var_exp.ops.upsampling import Upsample
+from var_exp.configurable import Fraction, checked, register_config
+from var_exp.ops.convolution import Conv2d
+from var_exp.ops.upsampling import upsample_conv2d
+
+Multipliers = Annotated[Sequence[PositiveInt], MinLen(1)]
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -25,20 +29,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
 
-def arranged(x: Tensor, width: int) -> Tensor:
-    """A map (B, C, H, W) laid out as a network of so many channels is quickest on it.
-
-    Channels-last without gradients. With them torch 2.14 is slower that way on a CPU, and for few
-    channels it does not pay.
-    """
-    if torch.is_grad_enabled() or width < WIDE:
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def activated(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """SiLU of the norm; in the norm's own memory where no gradient asks for it again."""
-    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+def conv3x3(in_channels: int, out_channels: int) -> Conv2d:
+    return Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
 
 
 class ResidualBlock(nn.Module):
@@ -46,8 +38,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(in_channels), Conv3x3(in_channels, out_channels)
-        self.norm2, self.conv2 = group_norm(out_channels), Conv3x3(out_channels, out_channels)
+        self.norm1, self.conv1 = group_norm(in_channels), conv3x3(in_channels, out_channels)
+        self.norm2, self.conv2 = group_norm(out_channels), conv3x3(out_channels, out_channels)
         self.dropout = nn.Dropout(dropout)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
@@ -55,13 +47,13 @@ class ResidualBlock(nn.Module):
             self.nin_shortcut = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(activated(self.norm1, x))
-        h = self.conv2(self.dropout(activated(self.norm2, h)))
-        return h.add_(self.nin_shortcut(x))
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, O, H, W)
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return h + self.nin_shortcut(x)
 
 
 class SpatialAttention(nn.Module):
-    """Single-head attention over all places of a feature map, added to its input."""
+    """Single-head attention over all positions of a feature map, added to its input."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -85,7 +77,18 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H / 2, W / 2)
+
+
+class Upsample(nn.Module):
+    """Double the size: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = conv3x3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return upsample_conv2d(x, self.conv.weight, self.conv.bias)  # (B, C, 2H, 2W)
 
 
 class Level(nn.Module):
@@ -138,7 +141,7 @@ def level_sizes(
     return widths, blocks
 
 
-@recorded
+@register_config
 class Encoder(nn.Module):
     """Images (B, in_channels, H, W) -> features (B, code_dim, H / stride, W / stride).
 
@@ -160,23 +163,24 @@ class Encoder(nn.Module):
             at a resolution without blocks.
     """
 
+    @checked
     def __init__(
         self,
-        in_channels: int = 3,
-        code_dim: int = 32,
-        width: int = 160,
-        multipliers: Sequence[int] = (1, 1, 2, 2, 4),
+        in_channels: PositiveInt = 3,
+        code_dim: PositiveInt = 32,
+        width: PositiveInt = 160,
+        multipliers: Multipliers = (1, 1, 2, 2, 4),
         num_res_blocks: int | Sequence[int] = 2,
         attention: bool = True,
-        dropout: float = 0.0,
-        patch_size: int = 1,
+        dropout: Fraction = 0.0,
+        patch_size: PositiveInt = 1,
     ):
         super().__init__()
         self.in_channels, self.patch_size = in_channels, patch_size
         self.stride = patch_size * 2 ** (len(multipliers) - 1)
         widths, blocks = level_sizes(width, multipliers, num_res_blocks)
         lowest = len(widths) - 1
-        self.conv_in = Conv3x3(in_channels * patch_size**2, width)
+        self.conv_in = conv3x3(in_channels * patch_size**2, width)
         self.down = nn.ModuleList()
         previous = width
         for i, w in enumerate(widths):
@@ -187,18 +191,17 @@ class Encoder(nn.Module):
             previous = w
         self.mid = Middle(previous, attention, dropout)
         self.norm_out = group_norm(previous)
-        self.conv_out = Conv3x3(previous, code_dim)
+        self.conv_out = conv3x3(previous, code_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = arranged(F.pixel_unshuffle(x, self.patch_size), self.conv_in.out_channels)
-        x = self.conv_in(x)
+        x = self.conv_in(F.pixel_unshuffle(x, self.patch_size))  # (B, width, H / p, W / p)
         for level in self.down:
             x = level(x)
         x = self.mid(x)  # (B, width', h, w)
-        return self.conv_out(activated(self.norm_out, x))  # (B, D, h, w)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, D, h, w)
 
 
-@recorded
+@register_config
 class Decoder(nn.Module):
     """Features (B, code_dim, h, w) -> images (B, out_channels, h * stride, w * stride).
 
@@ -206,23 +209,24 @@ class Decoder(nn.Module):
     is not clamped.
     """
 
+    @checked
     def __init__(
         self,
-        out_channels: int = 3,
-        code_dim: int = 32,
-        width: int = 160,
-        multipliers: Sequence[int] = (1, 1, 2, 2, 4),
+        out_channels: PositiveInt = 3,
+        code_dim: PositiveInt = 32,
+        width: PositiveInt = 160,
+        multipliers: Multipliers = (1, 1, 2, 2, 4),
         num_res_blocks: int | Sequence[int] = 2,
         attention: bool = True,
-        dropout: float = 0.0,
-        patch_size: int = 1,
+        dropout: Fraction = 0.0,
+        patch_size: PositiveInt = 1,
     ):
         super().__init__()
         self.patch_size = patch_size
         self.stride = patch_size * 2 ** (len(multipliers) - 1)
         widths, blocks = level_sizes(width, multipliers, num_res_blocks)
         lowest = len(widths) - 1
-        self.conv_in = Conv3x3(code_dim, widths[-1])
+        self.conv_in = conv3x3(code_dim, widths[-1])
         self.mid = Middle(widths[-1], attention, dropout)
         levels = []
         previous = widths[-1]
@@ -235,12 +239,11 @@ class Decoder(nn.Module):
             previous = widths[i]
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = group_norm(previous)
-        self.conv_out = Conv3x3(previous, out_channels * patch_size**2)
+        self.conv_out = conv3x3(previous, out_channels * patch_size**2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(arranged(x, self.norm_out.num_channels))
-        x = self.mid(x)
+        x = self.mid(self.conv_in(x))  # (B, width', h, w)
         for level in reversed(self.up):
             x = level(x)
-        x = self.conv_out(activated(self.norm_out, x))
+        x = self.conv_out(F.silu(self.norm_out(x)))  # (B, C p^2, H / p, W / p)
         return F.pixel_shuffle(x, self.patch_size)  # (B, C, H, W)

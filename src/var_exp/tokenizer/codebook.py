@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from var_exp.configurable import recorded
-from var_exp.distributed.collectives import from_first, own_part, sum_over_ranks
+from var_exp.configurable import Fraction, VocabSize, checked, register_config
+from var_exp.distributed.collectives import all_reduce_sum, broadcast, scatter
 
 # Where codes start -> steps of k-means after starting at vectors of the data; None: no start.
 STARTS = {"none": None, "data": 0, "kmeans": 10}
@@ -49,13 +50,9 @@ class BaseCodebook(nn.Module):
         ValueError: fewer than two codes.
     """
 
-    def __init__(self, vocab_size: int, code_dim: int):
+    @checked
+    def __init__(self, vocab_size: VocabSize, code_dim: PositiveInt):
         super().__init__()
-        if vocab_size < 2:
-            raise ValueError(
-                f"codebook: expected at least 2 codes, got {vocab_size} "
-                f"(tokenizer.quantizer.codebook.vocab_size)"
-            )
         self.vocab_size, self.code_dim = vocab_size, code_dim
 
     @property
@@ -91,7 +88,7 @@ class BaseCodebook(nn.Module):
         """Called after each training forward with the vectors (N, D) and their codes (N,)."""
 
 
-@recorded
+@register_config
 class Codebook(BaseCodebook):
     """V code vectors of dimension D, learned by gradient.
 
@@ -111,22 +108,17 @@ class Codebook(BaseCodebook):
         ValueError: fewer than two codes, or a value outside its range.
     """
 
+    @checked
     def __init__(
         self,
-        vocab_size: int,
-        code_dim: int,
+        vocab_size: VocabSize,
+        code_dim: PositiveInt,
         cosine: bool = False,
-        decay: float = 0.98,
-        restart_below: float = 0.0,
+        decay: Fraction = 0.98,
+        restart_below: Fraction = 0.0,
         start_from: str = "none",
     ):
         super().__init__(vocab_size, code_dim)
-        for name, share in (("decay", decay), ("restart_below", restart_below)):
-            if not 0 <= share < 1:
-                raise ValueError(
-                    f"codebook: {name} must be in [0, 1), got {share} "
-                    f"(tokenizer.quantizer.codebook.{name})"
-                )
         self.start_from = check_start(start_from, STARTS)
         self.cosine, self.decay, self.restart_below = cosine, decay, restart_below
         self.weight = nn.Parameter(torch.empty(vocab_size, code_dim))
@@ -177,7 +169,7 @@ class Codebook(BaseCodebook):
             self._count_fully(everything, number / self.vocab_size)
 
     def _kmeans(self, vectors: Tensor, steps: int) -> None:
-        order = from_first(torch.randperm(len(vectors), device=vectors.device))
+        order = broadcast(torch.randperm(len(vectors), device=vectors.device))
         sample = vectors[order[:KMEANS_VECTORS]]
         for _ in range(steps):
             count, total = self._sums(sample, self.nearest(sample))
@@ -214,15 +206,15 @@ class Codebook(BaseCodebook):
         Each process sums its part. All have the very same sums in the end, which they would not
         if each summed everything, in an order that a GPU does not keep to.
         """
-        vectors, indices = own_part(vectors), own_part(indices)
+        vectors, indices = scatter(vectors), scatter(indices)
         rows = F.pad(vectors, (0, 1), value=1.0)  # (N, D + 1), the last counts
         rows = rows.masked_fill(~finite(vectors).unsqueeze(1), 0)
         sums = rows.new_zeros(self.vocab_size, self.code_dim + 1).index_add_(0, indices, rows)
-        sums = sum_over_ranks(sums)
+        sums = all_reduce_sum(sums)
         return sums[:, -1], sums[:, :-1]
 
 
-@recorded
+@register_config
 class EMACodebook(Codebook):
     """Codes that follow the mean of the vectors which chose them.
 
@@ -230,13 +222,14 @@ class EMACodebook(Codebook):
         others: see `Codebook`; `decay` is also that of the means.
     """
 
+    @checked
     def __init__(
         self,
-        vocab_size: int,
-        code_dim: int,
+        vocab_size: VocabSize,
+        code_dim: PositiveInt,
         cosine: bool = False,
-        decay: float = 0.98,
-        restart_below: float = 0.03,
+        decay: Fraction = 0.98,
+        restart_below: Fraction = 0.03,
         start_from: str = "data",
     ):
         super().__init__(vocab_size, code_dim, cosine, decay, restart_below, start_from)
@@ -283,7 +276,7 @@ def pick(vectors: Tensor, count: int) -> Tensor:
     picked = vectors[order[place % number]]  # (count, D)
     noise = 0.1 * picked.std(dim=0, correction=0) * torch.randn_like(picked)
     picked = torch.where((place >= number).unsqueeze(1), picked + noise, picked)
-    return from_first(picked)
+    return broadcast(picked)
 
 
 def finite(vectors: Tensor) -> Tensor:

@@ -15,16 +15,21 @@ and reconstructions does not change it.
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from var_exp.io.pretrained import Frozen, as_rgb, load
+from var_exp.configurable import checked
+from var_exp.io.pretrained import Frozen, as_rgb
 from var_exp.tokenizer.autoencoder import group_norm
-from var_exp.tokenizer.dino import DINO, KEY, DinoFeatures, assemble_transformer
+from var_exp.tokenizer.dino import KEY, DinoFeatures, load_transformer
 
+NumLayers = Annotated[int, Ge(1), Le(8)]  # 8 see at least 768 pixels
 SLOPE = 0.2  # of leaky ReLUs
 NUM_SQUARINGS = 5  # as good as 32 power iterations
 
@@ -42,12 +47,9 @@ class PatchGAN(nn.Module):
         ValueError: num_layers below 1.
     """
 
-    def __init__(self, width: int = 64, num_layers: int = 3):
+    @checked
+    def __init__(self, width: PositiveInt = 64, num_layers: NumLayers = 3):
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(
-                f"discriminator: num_layers must be at least 1, got {num_layers} ({KEY}.num_layers)"
-            )
         # Two convolutions of size 4 at the lowest resolution take a pixel each.
         self.smallest_side = 3 * 2**num_layers
         layers = [_conv4x4(3, width, stride=2), nn.LeakyReLU(SLOPE)]
@@ -94,20 +96,20 @@ class DinoDiscriminator(nn.Module):
         kernel_size: patches that the wider convolution of a head sees.
 
     Raises:
-        ValueError: the file is missing and cannot be fetched, is damaged, or holds another
-            network; image_size or depths do not fit it.
+        ValueError: timm is not installed; the file is missing and cannot be fetched, is damaged,
+            or holds another network; image_size or depths do not fit it.
     """
 
+    @checked
     def __init__(
         self,
         weights: str | None = None,
-        image_size: int = 224,
-        depths: Sequence[int] = (2, 5, 8, 11),
-        kernel_size: int = 9,
+        image_size: PositiveInt = 224,
+        depths: Sequence[NonNegativeInt] = (2, 5, 8, 11),
+        kernel_size: PositiveInt = 9,
     ):
         super().__init__()
-        transformer = load(DINO, weights, assemble_transformer)
-        features = DinoFeatures(transformer, image_size, depths)
+        features = DinoFeatures(load_transformer(weights), image_size, depths)
         self.heads = nn.ModuleList(TokenHead(features.width, kernel_size) for _ in depths)
         self.features = Frozen(features)
 

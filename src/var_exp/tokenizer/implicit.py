@@ -18,15 +18,18 @@ has its own. It starts at 1, or where the data are, and is learned by gradient.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, MinLen
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from var_exp.configurable import recorded
+from var_exp.configurable import checked, register_config
 from var_exp.tokenizer.codebook import BaseCodebook, Entropies, check_start, entropies, finite
 
 MAX_VOCAB = 2**16
+Levels = Annotated[Sequence[Annotated[int, Ge(3)]], MinLen(1)]
 
 
 class GridCodebook(BaseCodebook):
@@ -117,7 +120,7 @@ class GridCodebook(BaseCodebook):
             self.log_magnitude.copy_(torch.where(fresh.isfinite(), fresh, self.log_magnitude))
 
 
-@recorded
+@register_config
 class BitwiseCodebook(GridCodebook):
     """V = 2^D codes: the signs of a vector, times magnitude / sqrt(D).
 
@@ -132,8 +135,9 @@ class BitwiseCodebook(GridCodebook):
         ValueError: D outside 1..16, or an unknown start.
     """
 
-    def __init__(self, code_dim: int, start_from: str = "none"):
-        width = 2 * max(code_dim, 1) ** -0.5
+    @checked
+    def __init__(self, code_dim: PositiveInt, start_from: str = "none"):
+        width = 2 * code_dim**-0.5
         super().__init__([2] * code_dim, [0.5] * code_dim, [width] * code_dim, start_from)
 
     def position(self, z: Tensor) -> Tensor:
@@ -144,7 +148,7 @@ class BitwiseCodebook(GridCodebook):
         return self.code_dim**0.5 * mean_abs
 
 
-@recorded
+@register_config
 class FSQCodebook(GridCodebook):
     """Each dimension bounded by a tanh and rounded to one of its levels.
 
@@ -162,12 +166,8 @@ class FSQCodebook(GridCodebook):
             start.
     """
 
-    def __init__(self, levels: Sequence[int] = (8, 5, 5, 5), start_from: str = "none"):
-        if not levels or min(levels) < 3:
-            raise ValueError(
-                f"codebook: expected at least 3 levels in each of one or more dimensions, got "
-                f"{list(levels)} (tokenizer.quantizer.codebook.levels)"
-            )
+    @checked
+    def __init__(self, levels: Levels = (8, 5, 5, 5), start_from: str = "none"):
         centre = [float(size // 2) for size in levels]
         super().__init__(levels, centre, [1 / c for c in centre], start_from)
         radius = [(size - 1) / 2 for size in levels]

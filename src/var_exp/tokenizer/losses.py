@@ -6,6 +6,7 @@ B batch, C channels, images (B, C, H, W) in [-1, 1]
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from var_exp.configurable import Weight, checked
 from var_exp.tokenizer.vqvae import Reconstruction
 
 
@@ -25,20 +26,21 @@ class ReconstructionLoss(nn.Module):
         ValueError: a weight for the perceptual distance, but no network to measure it.
     """
 
+    @checked
     def __init__(
         self,
-        l1: float = 0.2,
-        l2: float = 1.0,
-        edge: float = 0.0,
-        lpips: float = 0.0,
-        codebook: float = 1.0,
+        l1: Weight = 0.2,
+        l2: Weight = 1.0,
+        edge: Weight = 0.0,
+        lpips: Weight = 0.0,
+        codebook: Weight = 1.0,
         perceptual: nn.Module | None = None,
     ):
         super().__init__()
         if lpips > 0 and perceptual is None:
             raise ValueError(
                 f"tokenizer: a perceptual term of weight {lpips} needs a network, got none "
-                f"(model.tokenizer.module.loss.perceptual, model.tokenizer.module.loss.lpips)"
+                f"(model.tokenizer.loss.perceptual, model.tokenizer.loss.lpips)"
             )
         self.l1, self.l2, self.edge, self.lpips, self.codebook = l1, l2, edge, lpips, codebook
         self.perceptual = perceptual

@@ -21,9 +21,9 @@ VGG16 = Published(
     part="perceptual",
     what="torchvision's VGG16",
     url=torchvision.models.VGG16_Weights.IMAGENET1K_V1.url,
-    key="model.tokenizer.module.loss.perceptual.weights",
-    without="train without this term (model.tokenizer.module.loss.perceptual=null "
-    "model.tokenizer.module.loss.lpips=0)",
+    key="model.tokenizer.loss.perceptual.weights",
+    without="train without this term (model.tokenizer.loss.perceptual=null "
+    "model.tokenizer.loss.lpips=0)",
 )
 
 # Of VGG16's features: relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, each before a pooling.
@@ -64,7 +64,7 @@ class LPIPS(nn.Module):
         if min(a.shape[-2:]) < SMALLEST_SIDE:
             raise ValueError(
                 f"perceptual: LPIPS takes images of at least {SMALLEST_SIDE} pixels a side, got "
-                f"(H, W) = {tuple(a.shape[-2:])} (model.tokenizer.module.loss.lpips=0 does "
+                f"(H, W) = {tuple(a.shape[-2:])} (model.tokenizer.loss.lpips=0 does "
                 f"without it)"
             )
         return self.network(a, b)

@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from var_exp.configurable import recorded
-from var_exp.distributed.collectives import of_whole_batch
+from var_exp.configurable import Share, Weight, check_value, checked, register_config
+from var_exp.distributed.collectives import all_gather
 from var_exp.scales import ScaleSchedule, Side
 from var_exp.tokenizer.codebook import BaseCodebook
 from var_exp.tokenizer.resize import Resize, assign_phis
@@ -61,7 +62,7 @@ class Step(NamedTuple):
     part: Tensor
 
 
-@recorded
+@register_config
 class MultiScaleQuantizer(nn.Module):
     """Quantize features over a schedule of scales.
 
@@ -74,10 +75,10 @@ class MultiScaleQuantizer(nn.Module):
             4 the published tokenizer (also where K < 4).
         phi_ratio: share of the convolution in phi, in [0, 1].
         beta: weight of the commitment term.
-        scale_drop: share of training batches that are decoded from a random prefix of the
+        quantizer_dropout: share of training batches that are decoded from a random prefix of the
             scales, so that coarse scales carry what they can (quantizer dropout, SoundStream,
             arXiv 2107.03312, section III-C).
-        scale_drop_from: how many scales a prefix always has, in 1..K (3 in XQ-GAN,
+        quantizer_dropout_from: how many scales a prefix always has, in 1..K (3 in XQ-GAN,
             arXiv 2412.01762).
         entropy: weight of the entropy term, in training only: mean entropy of the soft
             assignment of each vector less the entropy of their mean assignment (MAGVIT-v2,
@@ -90,39 +91,40 @@ class MultiScaleQuantizer(nn.Module):
         ValueError: a value outside its range.
     """
 
+    @checked
     def __init__(
         self,
         patch_nums: Sequence[Side],
         codebook: BaseCodebook,
         per_scale: bool = False,
-        num_phi: int = 4,
-        phi_ratio: float = 0.5,
-        beta: float = 0.25,
-        scale_drop: float = 0.0,
-        scale_drop_from: int = 1,
-        entropy: float = 0.0,
-        entropy_temperature: float = 0.01,
+        num_phi: PositiveInt = 4,
+        phi_ratio: Share = 0.5,
+        beta: Weight = 0.25,
+        quantizer_dropout: Share = 0.0,
+        quantizer_dropout_from: PositiveInt = 1,
+        entropy: Weight = 0.0,
+        entropy_temperature: PositiveFloat = 0.01,
     ):
         super().__init__()
         self.schedule = ScaleSchedule(patch_nums)
         num_scales = self.schedule.num_scales
         most, scales = max(num_scales, 4), f"in 1..{num_scales}, the number of scales"
         phis = f"in 1..{most} (1 shared, 4 as published, {num_scales} one per scale)"
-        for name, value, expected, fits in (
-            ("num_phi", num_phi, phis, 1 <= num_phi <= most),
-            ("scale_drop", scale_drop, "in [0, 1]", 0 <= scale_drop <= 1),
-            ("scale_drop_from", scale_drop_from, scales, 1 <= scale_drop_from <= num_scales),
-            ("entropy", entropy, ">= 0", entropy >= 0),
-            ("entropy_temperature", entropy_temperature, "> 0", entropy_temperature > 0),
+        for name, value, expected, largest in (
+            ("num_phi", num_phi, phis, most),
+            ("quantizer_dropout_from", quantizer_dropout_from, scales, num_scales),
         ):
-            if not fits:
+            if value > largest:
                 raise ValueError(
                     f"quantizer: {name} must be {expected}, got {value} "
                     f"(tokenizer.quantizer.{name})"
                 )
         self.vocab_size, self.code_dim = codebook.vocab_size, codebook.code_dim
         self.phi_ratio, self.beta = phi_ratio, beta
-        self.scale_drop, self.scale_drop_from = scale_drop, scale_drop_from
+        self.quantizer_dropout, self.quantizer_dropout_from = (
+            quantizer_dropout,
+            quantizer_dropout_from,
+        )
         self.entropy, self.entropy_temperature = entropy, entropy_temperature
         self.codebooks = nn.ModuleList([codebook])
         for _ in range(num_scales - 1 if per_scale else 0):
@@ -159,7 +161,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def _forward(self, f: Tensor) -> Quantized:
         if self.training and not self.started:
-            self._start(of_whole_batch(f.detach()))
+            self._start(all_gather(f.detach()))
         keep = self._scales_to_keep()
         with_entropy = self.training and self.entropy > 0  # the one that pulls at the vectors
         steps, loss, f_hat, output = [], f.new_zeros(()), 0.0, None
@@ -175,8 +177,8 @@ class MultiScaleQuantizer(nn.Module):
                 output = f_hat
         indices = [step.nearest for step in steps]
         if self.training and self.codebook(0).learns_from_vectors:
-            zs = [of_whole_batch(step.z.detach()) for step in steps]
-            self._update(zs, [of_whole_batch(idx) for idx in indices])
+            zs = [all_gather(step.z.detach()) for step in steps]
+            self._update(zs, [all_gather(idx) for idx in indices])
         output = f + (output - f).detach()  # straight-through
         return Quantized(output, indices, loss / self.schedule.num_scales)
 
@@ -203,8 +205,7 @@ class MultiScaleQuantizer(nn.Module):
         Raises:
             ValueError: a share outside its range.
         """
-        if not 0 <= share <= 1:
-            raise ValueError(f"quantizer: share must be in [0, 1], got {share} (share=...)")
+        check_value("quantizer: share", share, Share)
         with torch.autocast(f.device.type, enabled=False):
             steps = list(self._residual_steps(f.float(), share))
         return Corrupted([step.nearest for step in steps], [step.used for step in steps])
@@ -262,9 +263,9 @@ class MultiScaleQuantizer(nn.Module):
             yield Step(nearest, used, z, part)
 
     def _scales_to_keep(self) -> int:
-        num_scales, first = self.schedule.num_scales, self.scale_drop_from
-        may_drop = self.training and self.scale_drop > 0 and first < num_scales
-        if may_drop and torch.rand(()) < self.scale_drop:
+        num_scales, first = self.schedule.num_scales, self.quantizer_dropout_from
+        may_drop = self.training and self.quantizer_dropout > 0 and first < num_scales
+        if may_drop and torch.rand(()) < self.quantizer_dropout:
             return int(torch.randint(first, num_scales, ()))
         return num_scales
 

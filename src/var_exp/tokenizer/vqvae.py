@@ -1,20 +1,19 @@
 """The multi-scale VQ tokenizer: images to token maps and back.
 
 VAR (arXiv 2404.02905, section 3.2): a VQGAN autoencoder around the multi-scale residual
-quantizer. Frozen, it is the language in which the next-scale transformer reads and writes.
+quantizer. Frozen, it makes the tokens that the next-scale transformer predicts.
 
     B batch, K scales, (h_k, w_k) sides of scale k, D code dimension, images (B, C, H, W) in [-1, 1]
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from var_exp.configurable import recorded
-from var_exp.ops.convolution import Conv3x3
+from var_exp.configurable import register_config
+from var_exp.io.fingerprint import fingerprint
 from var_exp.scales import ScaleSchedule
 from var_exp.tokenizer.autoencoder import Decoder, Encoder
 from var_exp.tokenizer.quantizer import MultiScaleQuantizer
@@ -28,7 +27,7 @@ class Reconstruction(NamedTuple):
     loss: Tensor
 
 
-@recorded
+@register_config
 class VQVAE(nn.Module):
     """Encoder, multi-scale quantizer, decoder.
 
@@ -53,8 +52,9 @@ class VQVAE(nn.Module):
                 f"{decoder.stride} (tokenizer.*.patch_size, tokenizer.*.multipliers)"
             )
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
-        self.quant_conv = Conv3x3(quantizer.code_dim, quantizer.code_dim)
-        self.post_quant_conv = Conv3x3(quantizer.code_dim, quantizer.code_dim)
+        d = quantizer.code_dim
+        self.quant_conv = nn.Conv2d(d, d, kernel_size=3, padding=1)
+        self.post_quant_conv = nn.Conv2d(d, d, kernel_size=3, padding=1)
 
     @property
     def schedule(self) -> ScaleSchedule:
@@ -108,17 +108,14 @@ class VQVAE(nn.Module):
         With `per_scale` a list of n images each: what is decoded after each scale.
         """
         sums = list(self.quantizer.partial_sums(indices))
-        images = [
-            self.to_images(f).float().clamp(-1, 1) for f in (sums if per_scale else sums[-1:])
-        ]
+        decoded = sums if per_scale else sums[-1:]
+        images = [self.to_images(f_hat).float().clamp(-1, 1) for f_hat in decoded]
         return images if per_scale else images[0]
 
     def fingerprint(self) -> str:
         """16 hex digits that change with any weight, the schedule, or the rule of quantizing."""
         quantizer = self.quantizer
         rule = (self.schedule.patch_nums, quantizer.codebook(0).rule, quantizer.phi_ratio)
-        digest = hashlib.sha256(repr(rule).encode())
-        for name, parameter in sorted(self.named_parameters()):
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().float().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(
+            repr(rule), ((name, x.float()) for name, x in sorted(self.named_parameters()))
+        )

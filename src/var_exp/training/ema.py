@@ -12,13 +12,13 @@ from torch import nn
 from var_exp.training.fsdp import local
 
 
-def averaged_copy(network: nn.Module) -> nn.Module:
-    """A frozen copy, in evaluation mode, to be led by `update_average`."""
+def ema_copy(network: nn.Module) -> nn.Module:
+    """A frozen copy, in evaluation mode, to be led by `update_ema`."""
     return copy.deepcopy(network).requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
+def update_ema(average: nn.Module, network: nn.Module, decay: float) -> None:
     """Lead the average towards the network: parameters by lerp, buffers by copy.
 
     Where both are sharded, each process leads its part.

@@ -17,24 +17,22 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from var_exp.data import ImageDataModule, ImageSource, TokenCache
-from var_exp.data.tokens.cache import ROWS, Part, forget_codes
+from var_exp.data.tokens.cache import ROWS, Part, delete_codes
 from var_exp.distributed.collectives import (
+    all_reduce_max,
     barrier,
-    from_first,
-    is_first,
-    max_over_ranks,
+    broadcast,
     rank,
     world_size,
 )
 from var_exp.distributed.rank import is_main_process
-from var_exp.distributed.signals import Interrupted, Interruption
+from var_exp.distributed.signals import Interrupted, SignalHandler
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.evaluation.reference import data_fingerprint
-from var_exp.evaluation.samples.draw import device_of
+from var_exp.evaluation.sampler import device_of
 from var_exp.io.lock import locked
 from var_exp.io.text import amount, shown_path
 from var_exp.tokenizer import VQVAE
@@ -74,7 +72,7 @@ class EncodingStage:
     is_owned: bool = True
     restarts: bool = False
     reader: TrainingStage | None = None
-    signals: Interruption | None = None
+    signals: SignalHandler | None = None
     name = "tokens"
 
     def __str__(self) -> str:
@@ -95,7 +93,7 @@ class EncodingStage:
     def restart(self) -> None:
         """Delete the codes of this run."""
         if self.is_owned:
-            forget_codes(self.folder)
+            delete_codes(self.folder)
 
     def run(self, evaluator: Evaluator) -> None:
         """Encode what is missing, and let the data module serve codes."""
@@ -146,7 +144,7 @@ def encode_stage(
     trainer: Callable[..., L.Trainer],
     cache: TokenCache,
     batch_size: int,
-    interruption: Interruption | None = None,
+    signal_handler: SignalHandler | None = None,
 ) -> None:
     """Encode what is missing in a cache, and let the datamodule serve codes from it.
 
@@ -160,7 +158,7 @@ def encode_stage(
         ValueError: the folder holds other codes, cannot be written to, or the disk is too small.
         Interrupted: a signal came; parts that are whole are kept.
     """
-    interruption = interruption or Interruption()
+    signal_handler = signal_handler or SignalHandler()
     with quiet():
         runner = trainer(
             strategy="auto",  # each process has the whole tokenizer
@@ -171,8 +169,8 @@ def encode_stage(
             use_distributed_sampler=False,
         )
         own_signals(runner)
-        with interruption.held():
-            module = Encoding(tokenizer, datamodule, cache, batch_size, interruption)
+        with signal_handler.deferred():
+            module = Encoding(tokenizer, datamodule, cache, batch_size, signal_handler)
             runner.validate(module, dataloaders=[], verbose=False)
     datamodule.codes = cache
 
@@ -186,21 +184,21 @@ class Encoding(L.LightningModule):
         datamodule: ImageDataModule,
         cache: TokenCache,
         batch_size: int,
-        interruption: Interruption,
+        signal_handler: SignalHandler,
     ):
         super().__init__()
         self.work = tokenizer, datamodule, cache, batch_size  # in a tuple: no submodule
-        self.datamodule, self.interruption = datamodule, interruption
+        self.datamodule, self.signal_handler = datamodule, signal_handler
 
     def setup(self, stage: str) -> None:
         device = self.trainer.strategy.root_device
         self.datamodule.trainer = self.trainer
 
-        def stop_if_asked() -> None:
-            if number := max_over_ranks(self.interruption.noted or 0, device):
+        def stop_if_requested() -> None:
+            if number := all_reduce_max(self.signal_handler.received or 0, device):
                 raise Interrupted(number)
 
-        encode(*self.work, device=device, on_batch=stop_if_asked)
+        encode(*self.work, device=device, on_batch=stop_if_requested)
 
     def validation_step(self, *_: Any) -> None:
         """Asked for by Lightning, and never called."""
@@ -220,7 +218,7 @@ def encode(
         on_batch: called by all processes equally often.
     """
     cache.check()
-    if is_first():
+    if is_main_process():
         cache.begin()
     barrier()
     missing = missing_parts(cache, device)
@@ -229,7 +227,7 @@ def encode(
         shares = [missing[first :: world_size()] for first in range(world_size())]
         write_parts(tokenizer, datamodule, cache, shares, batch_size, device, on_batch)
     barrier()
-    if is_first() and (missing or not cache.is_complete()):
+    if is_main_process() and (missing or not cache.is_complete()):
         cache.finish()
     barrier()
 
@@ -244,27 +242,31 @@ def write_parts(
     on_batch: Callable[[], None],
 ) -> None:
     """Encode this process's share of the parts; `on_batch` is called as often as by the others."""
-    own, before = Batches(shares[rank()], batch_size), device_of(tokenizer)
+    own, device_before = Batches(shares[rank()], batch_size), device_of(tokenizer)
     tokenizer.to(device).eval()
-    batches, steps = iter(datamodule.encoding_loader(Keys(own))), iter(own)
-    progress, write = Progress(sum(part.rows for part in shares[rank()])), Writer(cache)
+    batches, steps = iter(datamodule.encoding_loader(own)), own.steps()
+    progress, codes = Progress(sum(part.rows for part in shares[rank()])), []
     for _ in range(max(len(Batches(share, batch_size)) for share in shares)):
         if (step := next(steps, None)) is not None:
+            part, _, stop = step
             batch = next(batches)
-            codes = torch.cat(tokenizer.encode(batch.images.to(device)), dim=1)  # (B, L)
-            write(*step, codes.cpu(), batch.labels)
+            indices = torch.cat(tokenizer.encode(batch.images.to(device)), dim=1)  # (B, L)
+            codes.append((indices.cpu(), batch.labels))
+            if stop == part.rows:
+                cache.write(part, *(torch.cat(whole).numpy() for whole in zip(*codes, strict=True)))
+                codes = []
             progress.add(len(batch.labels))
         on_batch()
     progress.end()
-    tokenizer.to(before)
+    tokenizer.to(device_before)
 
 
 def missing_parts(cache: TokenCache, device: torch.device) -> list[Part]:
     """What the first process finds missing or damaged, in all processes."""
     parts = cache.parts()
-    found = set(cache.missing(say)) if is_first() else set()
+    found = set(cache.missing(say)) if is_main_process() else set()
     flags = torch.tensor([part in found for part in parts], dtype=torch.int32, device=device)
-    return [part for part, flag in zip(parts, from_first(flags).tolist(), strict=True) if flag]
+    return [part for part, flag in zip(parts, broadcast(flags).tolist(), strict=True) if flag]
 
 
 def announce(cache: TokenCache, missing: Sequence[Part]) -> None:
@@ -281,7 +283,7 @@ def announce(cache: TokenCache, missing: Sequence[Part]) -> None:
 
 
 def say(line: str) -> None:
-    if is_first():
+    if is_main_process():
         print(line, file=sys.stderr, flush=True)
 
 
@@ -289,7 +291,7 @@ def say(line: str) -> None:
 
 
 class Batches:
-    """Batches of parts, none of which has images of two of them: (part, start, stop) within it."""
+    """A batch sampler of (view, index), of which no batch has images of two parts."""
 
     def __init__(self, parts: Sequence[Part], batch_size: int):
         self.parts, self.batch_size = parts, batch_size
@@ -297,38 +299,15 @@ class Batches:
     def __len__(self) -> int:
         return sum(len(range(0, part.rows, self.batch_size)) for part in self.parts)
 
-    def __iter__(self) -> Iterator[tuple[Part, int, int]]:
+    def __iter__(self) -> Iterator[list[tuple[int | None, int]]]:
+        for part, start, stop in self.steps():
+            yield [(part.view, part.start + i) for i in range(start, stop)]
+
+    def steps(self) -> Iterator[tuple[Part, int, int]]:
+        """The same as (part, start, stop), counted within the part."""
         for part in self.parts:
             for start in range(0, part.rows, self.batch_size):
                 yield part, start, min(start + self.batch_size, part.rows)
-
-
-class Keys:
-    """The same as a batch sampler: lists of (view, index)."""
-
-    def __init__(self, batches: Batches):
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[tuple[int | None, int]]]:
-        for part, start, stop in self.batches:
-            yield [(part.view, part.start + i) for i in range(start, stop)]
-
-
-class Writer:
-    """Collects the codes of a part, and writes it when the last of them is there."""
-
-    def __init__(self, cache: TokenCache):
-        self.cache, self.batches = cache, []
-
-    def __call__(self, part: Part, start: int, stop: int, codes: Tensor, labels: Tensor) -> None:
-        self.batches.append((codes, labels))
-        if stop == part.rows:
-            whole = [torch.cat(tensors).numpy() for tensors in zip(*self.batches, strict=True)]
-            self.cache.write(part, *whole)
-            self.batches = []
 
 
 # -- progress ---------------------------------------------------------------------------------
@@ -342,20 +321,21 @@ class Progress:
     """
 
     def __init__(self, total: int):
-        self.total, self.done, self.begun, self.told = total, 0, time.monotonic(), 0.0
-        hidden = None if is_first() else True  # None: where there is no terminal
+        self.total, self.done = total, 0
+        self.started, self.reported = time.monotonic(), 0.0
+        hidden = None if is_main_process() else True  # None: where there is no terminal
         self.bar = tqdm(total=total, desc="tokens", unit="image", leave=False, disable=hidden)
 
     def add(self, count: int) -> None:
         first, self.done = self.done == 0, self.done + count
         self.bar.update(count)
         now = time.monotonic()
-        if first or (self.bar.disable and now - self.told > SECONDS):
-            left = (now - self.begun) / self.done * (self.total - self.done)
-            said = f"about {left:.0f} s" if left < 600 else f"about {left / 3600:.1f} hours"
-            say(f"tokens: {self.done:,} of {self.total:,} images, {said} left")
-            self.told = now
+        if first or (self.bar.disable and now - self.reported > SECONDS):
+            left = (now - self.started) / self.done * (self.total - self.done)
+            words = f"{left:.0f} s" if left < 600 else f"{left / 3600:.1f} hours"
+            say(f"tokens: {self.done:,} of {self.total:,} images, about {words} left")
+            self.reported = now
 
     def end(self) -> None:
         self.bar.close()
-        say(f"tokens: encoded in {time.monotonic() - self.begun:.1f} s")
+        say(f"tokens: encoded in {time.monotonic() - self.started:.1f} s")

@@ -15,13 +15,13 @@ from lightning.pytorch.loggers import Logger
 
 from var_exp.data import ImageDataModule
 from var_exp.distributed.rank import is_main_process
-from var_exp.distributed.signals import Interruption
+from var_exp.distributed.signals import SignalHandler
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.training.callbacks.batch_counter import BatchProgress
-from var_exp.training.callbacks.checkpointing import Checkpoints, SealedFiles
+from var_exp.training.callbacks.checkpointing import Checkpoints, ChecksummedFiles
 from var_exp.training.callbacks.progress_bar import progress_bar
-from var_exp.training.callbacks.throughput import Monitor
-from var_exp.training.loggers.guarded import Guarded
+from var_exp.training.callbacks.throughput import ThroughputMonitor
+from var_exp.training.loggers.guarded import FaultTolerantLogger
 from var_exp.training.module import StageModule
 from var_exp.training.resume import (
     Found,
@@ -108,7 +108,7 @@ class TrainingStage:
     loggers: Sequence[Callable[..., Logger]] = ()
     config: Mapping[str, Any] | None = None
     resume: str = "auto"
-    signals: Interruption | None = None
+    signals: SignalHandler | None = None
     is_finished: bool = field(default=False, init=False)
 
     @property
@@ -176,7 +176,7 @@ def fit_stage(
     loggers: Sequence[Callable[..., Logger]] = (),
     config: Mapping[str, Any] | None = None,
     resume: str = "auto",
-    signals: Interruption | None = None,
+    signals: SignalHandler | None = None,
 ) -> Fitted:
     """Train a module; leave its network with the best weights that were validated.
 
@@ -197,7 +197,7 @@ def fit_stage(
     """
     folder = run_dir / module.stage
     found = check_stage(module, run_dir, schedule, resume)
-    signals = signals or Interruption()
+    signals = signals or SignalHandler()
     if resume == "never" and is_main_process():
         forget(run_dir, module.stage)
     path, finished, seconds = None, False, 0.0
@@ -218,15 +218,15 @@ def fit_stage(
             val_check_interval=min(schedule.val_every, schedule.num_batches),
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
-            logger=[Guarded(make, str(run_dir), module.stage) for make in loggers],
+            logger=[FaultTolerantLogger(make, str(run_dir), module.stage) for make in loggers],
             callbacks=[
                 progress,
-                *([Monitor()] if loggers else []),  # before those that may take long
+                *([ThroughputMonitor()] if loggers else []),  # before those that may take long
                 *callbacks,
                 progress_bar(module.stage),
                 Checkpoints(folder, *module.monitor, signals, schedule.save_every),
             ],
-            plugins=[SealedFiles()],
+            plugins=[ChecksummedFiles()],
         )
         check_precision(runner.precision)
         num_processes = runner.num_devices * runner.num_nodes
@@ -236,7 +236,7 @@ def fit_stage(
             if config:
                 for logger in runner.loggers:
                     logger.log_hyperparams(config)
-            with signals.held():
+            with signals.deferred():
                 runner.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
             seconds = progress.seconds
             finish(runner.loggers)
@@ -341,7 +341,7 @@ def own_signals(runner: L.Trainer) -> None:
     runner._signal_connector.register_signal_handlers = lambda: None
 
 
-def finish(loggers: Sequence[Guarded]) -> None:
+def finish(loggers: Sequence[FaultTolerantLogger]) -> None:
     """Close what a stage's loggers hold open, or the next stage would go on in their runs."""
     for logger in loggers:
         logger.finalize("success")

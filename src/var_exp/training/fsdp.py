@@ -1,16 +1,20 @@
-"""Training by shards: each process keeps a part of every weight, gradient and moment.
+"""Fully sharded training: each process keeps a part of every weight, gradient and moment.
 
 Fully sharded data parallelism (ZeRO stage 3, Rajbhandari et al., arXiv 1910.02054; PyTorch's
 FSDP2, Zhao et al., arXiv 2304.11277). A unit, such as the attention of a block, is gathered just
-before it computes and let go of afterwards, so a network may be larger than a device's memory
-could hold together with its gradients and moments.
+before it computes and freed afterwards, so a network may be larger than a device's memory could
+hold together with its gradients and moments.
 
-Whoever looks at a network outside of training, to sample from it, score it or hand it on, gets it
-whole. So a network exists twice: its shards, which are trained, and the network that was given,
-which is an empty shell meanwhile and filled to be looked at. Checkpoints are single files with
-whole tensors, the same as those of one process, whatever wrote them: any number of processes goes
-on from them, and nothing has to be put together. The price is that the first process holds all of
-a checkpoint in its main memory while it saves.
+Whoever uses a network outside of training, to sample from it, score it or hand it on, gets a whole
+and ordinary one. So a network exists twice: its shards, which are trained, and the network that
+was given, which has no weights meanwhile and is filled to be used. FSDP2's own `unshard()` would
+save the second, but leaves FSDP modules (measured with torch 2.14): reading a state dict reshards
+them, `copy.deepcopy` refuses them, a weight seen through `.numpy()` can no longer be freed, and a
+block that runs before the first forward of its network, as in sampling, ends the training.
+
+Checkpoints are single files with whole tensors, the same as those of one process: any number of
+processes resumes from them. The price is that the first process holds all of a checkpoint in its
+main memory while it saves.
 """
 
 import copy
@@ -27,9 +31,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from var_exp.distributed.collectives import from_first, is_first, sum_over_ranks, world_size
-from var_exp.ops.upsampling import Upsample
-from var_exp.tokenizer.autoencoder import Downsample, ResidualBlock, SpatialAttention
+from var_exp.distributed.collectives import all_reduce_sum, broadcast, is_main_process, world_size
+from var_exp.tokenizer.autoencoder import Downsample, ResidualBlock, SpatialAttention, Upsample
 from var_exp.transformer.attention import SelfAttention
 from var_exp.transformer.block import MLP, AdaLNBlock, SwiGLU
 
@@ -84,62 +87,85 @@ class Sharded(ModelParallelStrategy):
 # -- networks -------------------------------------------------------------------------------
 
 
-class Shards:
-    """Networks of a module that are trained by shards, and whole where they are looked at.
+class ShardableModule(L.LightningModule):
+    """A module that trains one network, sharded where the strategy is `Sharded`."""
 
-    Args:
-        owner: whose attributes the networks are. Its shards take their places.
-        names: of these attributes.
-        mesh: of one dimension, the processes.
-        device: of this process.
-        kept_whole: submodules of the networks whose parameters every process has.
-    """
+    network_name: str  # the attribute that the network is
+    #: Submodules of the network whose parameters every process has whole.
+    kept_whole: tuple[str, ...] = ()
 
-    def __init__(
-        self,
-        owner: nn.Module,
-        names: Sequence[str],
-        mesh: DeviceMesh,
-        device: torch.device,
-        kept_whole: Sequence[str],
-    ):
-        self.owner, self.times_gathered = owner, 0
-        self.shells = {name: getattr(owner, name) for name in names}
-        self.shards = {
-            name: shard(shell, mesh, device, kept_whole) for name, shell in self.shells.items()
-        }
-        self._show(self.shards)
+    def __init__(self) -> None:
+        super().__init__()
+        # By attribute, while shards are trained; dicts hide them from `self.modules()`.
+        self.shards: dict[str, nn.Module] = {}
+        self.whole_networks: dict[str, nn.Module] = {}
+        self.times_gathered = 0
+
+    @property
+    def average_name(self) -> str:
+        """The attribute that holds the moving average of the network, where one is kept."""
+        return f"averaged_{self.network_name}"
+
+    def configure_model(self) -> None:
+        """Shard what is trained; called before the optimizers are made."""
+        if self.device_mesh is None or self.trainer.state.fn != "fit":
+            return
+        mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
+        for name in (self.network_name, self.average_name):
+            if hasattr(self, name):
+                self.whole_networks[name] = getattr(self, name)
+                self.shards[name] = shard(getattr(self, name), mesh, device, self.kept_whole)
+                setattr(self, name, self.shards[name])
 
     def gather(self) -> None:
         """Put whole networks in the place of the shards. All processes call it alike."""
-        if self.times_gathered == 0:
-            for name, shell in self.shells.items():
-                fill(shell, self.shards[name])
-            self._show(self.shells)
         self.times_gathered += 1
+        if self.times_gathered == 1:
+            for name, network in self.whole_networks.items():
+                fill(network, self.shards[name])
+                setattr(self, name, network)
 
     def release(self) -> None:
         """Go back to the shards, once it was called as often as `gather`."""
         self.times_gathered -= 1
         if self.times_gathered == 0:
-            self._show(self.shards)
-            for shell in self.shells.values():
-                empty(shell)
+            for name, network in self.whole_networks.items():
+                setattr(self, name, self.shards[name])
+                empty(network)
 
-    def _show(self, networks: Mapping[str, nn.Module]) -> None:
-        for name, network in networks.items():
-            setattr(self.owner, name, network)
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within this block, to be entered by all processes, no network is sharded."""
+        self.gather()
+        try:
+            yield
+        finally:
+            self.release()
+
+    # Validation sees whole networks, and so do the callbacks that look at them at its end, which
+    # are called before the module. Not in the hooks for modes: Lightning keeps no modes then.
+
+    def on_validation_start(self) -> None:
+        self.gather()
+
+    def on_validation_end(self) -> None:
+        self.release()
+
+    def on_fit_end(self) -> None:
+        self.gather()
+        self.shards, self.whole_networks, self.times_gathered = {}, {}, 0
 
 
 def shard(
     network: nn.Module, mesh: DeviceMesh, device: torch.device, kept_whole: Sequence[str]
 ) -> nn.Module:
-    """A copy of a network by shards; the network itself is left as a shell without weights."""
+    """A sharded copy of a network, which itself is left without weights."""
     shards = copy.deepcopy(network)
     empty(network)
     network.to(device)
-    for tensor in (*shards.parameters(), *shards.buffers()):  # all start like the first
-        tensor.data.copy_(from_first(tensor.detach().to(device, copy=True)))
+    # All start like the first. One tensor after another: the whole may not fit on the device.
+    for tensor in (*shards.parameters(), *shards.buffers()):
+        tensor.data.copy_(broadcast(tensor.detach().to(device, copy=True)))
     for unit in list(shards.modules()):
         if isinstance(unit, UNITS):
             fully_shard(unit, mesh=mesh)
@@ -150,74 +176,23 @@ def shard(
 
 
 def empty(network: nn.Module) -> None:
-    """Take the weights from a network."""
+    """Free the weights of a network."""
     for parameter in network.parameters():
         parameter.data = parameter.data.new_empty(0)
 
 
 @torch.no_grad()
-def fill(shell: nn.Module, shards: nn.Module) -> None:
-    """Give a shell the weights, buffers and modes of its shards."""
+def fill(network: nn.Module, shards: nn.Module) -> None:
+    """Give a network the weights, buffers and modes of its shards."""
     # Validation runs in inference mode; weights made in it could not be trained later.
     with torch.inference_mode(False):
-        for whole, part in zip(shell.parameters(), shards.parameters(), strict=True):
+        for whole, part in zip(network.parameters(), shards.parameters(), strict=True):
             data = part.detach()
             whole.data = data.full_tensor() if isinstance(data, DTensor) else data.clone()
-        for ours, theirs in zip(shell.buffers(), shards.buffers(), strict=True):
+        for ours, theirs in zip(network.buffers(), shards.buffers(), strict=True):
             ours.copy_(theirs)
-    for ours, theirs in zip(shell.modules(), shards.modules(), strict=True):
+    for ours, theirs in zip(network.modules(), shards.modules(), strict=True):
         ours.training = theirs.training
-
-
-class ShardableModule(L.LightningModule):
-    """A module that trains one network, by shards where the strategy is `Sharded`."""
-
-    network_name: str  # the attribute that the network is
-    #: Submodules of the network that every process has whole where the rest is sharded.
-    kept_whole: tuple[str, ...] = ()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shards: Shards | None = None  # while they are trained
-
-    @property
-    def average_name(self) -> str:
-        """The attribute that holds the moving average of the network, where one is kept."""
-        return f"averaged_{self.network_name}"
-
-    def configure_model(self) -> None:
-        """Shard what is trained; called before the optimizers are made."""
-        if self.device_mesh is not None and self.trainer.state.fn == "fit":
-            names = [name for name in (self.network_name, self.average_name) if hasattr(self, name)]
-            mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
-            self.shards = Shards(self, names, mesh, device, self.kept_whole)
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Within this block, to be entered by all processes, no network is sharded."""
-        if self.shards:
-            self.shards.gather()
-        try:
-            yield
-        finally:
-            if self.shards:
-                self.shards.release()
-
-    # Validation sees whole networks, and so do the callbacks that look at them at its end, which
-    # are called before the module. Not in the hooks for modes: Lightning keeps no modes then.
-
-    def on_validation_start(self) -> None:
-        if self.shards:
-            self.shards.gather()
-
-    def on_validation_end(self) -> None:
-        if self.shards:
-            self.shards.release()
-
-    def on_fit_end(self) -> None:
-        if self.shards:
-            self.shards.gather()
-            self.shards = None
 
 
 # -- tensors --------------------------------------------------------------------------------
@@ -249,7 +224,7 @@ def gathered(tree: Any) -> Any:
     if not isinstance(tree, DTensor):
         return tree
     whole = tree.detach().full_tensor()
-    return whole.cpu() if is_first() else None
+    return whole.cpu() if is_main_process() else None
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -264,7 +239,7 @@ def average_whole_gradients(parameters: Iterable[Tensor]) -> None:
     """Average the gradients of those that are not sharded over the processes, in one message."""
     grads = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
     if grads:
-        means = sum_over_ranks(torch.cat([grad.flatten() for grad in grads])) / world_size()
+        means = all_reduce_sum(torch.cat([grad.flatten() for grad in grads])) / world_size()
         for grad, mean in zip(grads, means.split([g.numel() for g in grads]), strict=True):
             grad.copy_(mean.view_as(grad))
 
@@ -279,11 +254,11 @@ def clip_gradients(parameters: Sequence[Tensor], limit: float) -> Tensor:
     whole = [p for p in parameters if not isinstance(p, DTensor)]
     if not sharded:
         return nn.utils.clip_grad_norm_(whole, limit)
-    parts = [local(p.grad) for p in sharded if p.grad is not None]
-    others = [p.grad for p in whole if p.grad is not None]
-    # In float64, in which the square of a norm in float32 is no overflow.
-    squares = [nn.utils.get_total_norm(grads).double().square() for grads in (parts, others)]
-    norm = (sum_over_ranks(squares[0]) + squares[1].to(squares[0])).sqrt().float()
-    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([*parts, *others], factor)
+    norms = []
+    for group in (sharded, whole):
+        norm = nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norm = torch.stack(norms).norm()
+    for group in (sharded, whole):
+        nn.utils.clip_grads_with_norm_(group, limit, norm)
     return norm

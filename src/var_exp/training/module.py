@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from var_exp.checkpoint.checkpoint import KEY, check_weights, describe
+from var_exp.configurable import Fraction, Weight, checked
 from var_exp.data import Batch, CodeBatch
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.io.files import differences
-from var_exp.training.ema import averaged_copy, update_average
+from var_exp.training.ema import ema_copy, update_ema
 from var_exp.training.fsdp import (
     ShardableModule,
     average_whole_gradients,
@@ -44,10 +46,10 @@ class StageModule(ShardableModule):
         weight_decay: see `param_groups`.
         final_weight_decay: where a half cosine leads the decay to; None keeps it constant.
         clip: largest norm of the gradient; 0 does not clip.
-        average_decay: of the moving average of the weights; 0 keeps none.
+        ema_decay: of the moving average of the weights; 0 keeps none.
         weights: "averaged" or "raw": which weights are validated, sampled from and handed on;
             the first falls back to the second where no average is kept.
-        micro_batch: images that a device takes at once, the gradients of a batch being summed;
+        micro_batch_size: images that a device takes at once, the gradients of a batch being summed;
             None takes its whole share of the batch. Codebooks that follow features learn from
             each micro-batch, and each draws its own dropout.
         max_skipped: batches in a row without a finite gradient that end the run.
@@ -60,40 +62,26 @@ class StageModule(ShardableModule):
     #: The validation figure that the best checkpoint is chosen by, and "min" or "max".
     monitor: tuple[str, str]
 
+    @checked
     def __init__(
         self,
         optimizer: MakeOptimizer,
         schedule: Callable[[float], float],
-        weight_decay: float = 0.0,
-        final_weight_decay: float | None = None,
-        clip: float = 1.0,
-        average_decay: float = 0.0,
+        weight_decay: Weight = 0.0,
+        final_weight_decay: Weight | None = None,
+        clip: NonNegativeFloat = 1.0,
+        ema_decay: Fraction = 0.0,
         weights: str = "averaged",
-        micro_batch: int | None = None,
-        max_skipped: int = 10,
+        micro_batch_size: PositiveInt | None = None,
+        max_skipped: PositiveInt = 10,
     ):
         super().__init__()
         self.automatic_optimization = False
         check_weights(weights)
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(
-                f"model.{self.stage}: micro_batch must be at least 1 or null, got {micro_batch} "
-                f"(model.{self.stage}.module.micro_batch)"
-            )
-        if clip < 0:
-            raise ValueError(
-                f"model.{self.stage}: clip must be at least 0 (0 does not clip), got {clip} "
-                f"(model.{self.stage}.module.clip)"
-            )
-        if not 0 <= average_decay < 1:
-            raise ValueError(
-                f"model.{self.stage}: average_decay must lie in [0, 1), got {average_decay} "
-                f"(model.{self.stage}.module.average_decay)"
-            )
         self.make_optimizer, self.schedule = optimizer, schedule
         self.weight_decay = WeightDecay(weight_decay, final_weight_decay)
-        self.clip, self.average_decay, self.weights = clip, average_decay, weights
-        self.micro_batch = micro_batch
+        self.clip, self.ema_decay, self.weights = clip, ema_decay, weights
+        self.micro_batch_size = micro_batch_size
         self.skipped = SkippedBatches(self.stage, max_skipped)
         self.batch = 0  # the number of the batch in training, set by `on_progress`
         self.figures: dict[str, Tensor | float] = {}  # of that batch, as they are logged
@@ -112,10 +100,10 @@ class StageModule(ShardableModule):
     @property
     def evaluated(self) -> nn.Module:
         """The network that validation and sampling use."""
-        return self.both[""]
+        return self.weight_variants[""]
 
     @property
-    def both(self) -> dict[str, nn.Module]:
+    def weight_variants(self) -> dict[str, nn.Module]:
         """What may be scored in training, by the suffix of its keys: "" is what is handed on."""
         averaged = getattr(self, self.average_name, None)
         if averaged is None:
@@ -125,9 +113,9 @@ class StageModule(ShardableModule):
         return {"": averaged, "_raw": self.network}
 
     @property
-    def handed_on(self) -> str:
+    def eval_weights(self) -> str:
         """Which weights are: "averaged", or "raw" also where no average is kept."""
-        return self.weights if self.average_decay > 0 else "raw"
+        return self.weights if self.ema_decay > 0 else "raw"
 
     def final_scores(self, evaluator: Evaluator, folder: Path) -> dict[str, float]:
         """Measure the finished network, and write its pictures into `folder`."""
@@ -137,10 +125,10 @@ class StageModule(ShardableModule):
         """How the final scores were obtained, as plain data."""
         raise NotImplementedError
 
-    def keep_average(self) -> None:
+    def keep_ema(self) -> None:
         """Called once the network is in place."""
-        if self.average_decay > 0:
-            self.add_module(self.average_name, averaged_copy(self.network))
+        if self.ema_decay > 0:
+            self.add_module(self.average_name, ema_copy(self.network))
 
     def on_fit_start(self) -> None:
         # Lightning leaves networks in the mode it finds them in, and loaded ones come in eval.
@@ -148,7 +136,7 @@ class StageModule(ShardableModule):
 
     def train(self, mode: bool = True) -> "StageModule":
         super().train(mode)
-        if self.average_decay > 0:
+        if self.ema_decay > 0:
             getattr(self, self.average_name).eval()
         return self
 
@@ -170,7 +158,7 @@ class StageModule(ShardableModule):
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"model.{self.stage}: the optimizer refuses its arguments: {error} "
-                f"(model.{self.stage}.module.optimizer)"
+                f"(model.{self.stage}.optimizer)"
             ) from None
 
     def on_progress(self, batch: int, num_batches: int) -> None:
@@ -203,10 +191,10 @@ class StageModule(ShardableModule):
 
     def split(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
         """Micro-batches of tensors (B, ...)."""
-        size = self.micro_batch or len(tensors[0])
+        size = self.micro_batch_size or len(tensors[0])
         return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
 
-    def turn(self, optimizer: LightningOptimizer, last: bool) -> AbstractContextManager:
+    def toggled(self, optimizer: LightningOptimizer, last: bool) -> AbstractContextManager:
         """Gradients for this optimizer's parameters alone; ranks meet at the last micro-batch."""
         return optimizer.toggle_model(sync_grad=last)
 
@@ -232,17 +220,15 @@ class StageModule(ShardableModule):
         values = self.trainer.strategy.reduce(values, reduce_op="mean")
         return dict(zip(terms, values.unbind(), strict=True))
 
-    def update_average(self) -> None:
+    def update_ema(self) -> None:
         """Called after each step of the network."""
-        if self.average_decay > 0:
+        if self.ema_decay > 0:
             # Until the window of the average is full it is the mean of all weights so far.
-            decay = min(self.average_decay, self.batch / (self.batch + 1))
+            decay = min(self.ema_decay, self.batch / (self.batch + 1))
             averaged = getattr(self, self.average_name)
-            update_average(averaged, self.network, decay)
+            update_ema(averaged, self.network, decay)
 
-    def conclude_batch(
-        self, stepped: bool, terms: dict[str, Tensor], batch: Batch | CodeBatch
-    ) -> None:
+    def log_step(self, stepped: bool, terms: dict[str, Tensor], batch: Batch | CodeBatch) -> None:
         """Called once after the steps of a batch: log it, and count those that were skipped.
 
         Not by Lightning's `self.log`, which keeps books on each value in each batch, while the

@@ -8,7 +8,10 @@ images were in it, so that the batch can be built again and looked into.
 import json
 from pathlib import Path
 
+from pydantic import PositiveInt
 from torch import Tensor
+
+from var_exp.configurable import checked
 
 
 class SkippedBatches:
@@ -19,12 +22,8 @@ class SkippedBatches:
         limit: so many in a row end the run, since the weights themselves must be broken.
     """
 
-    def __init__(self, stage: str, limit: int):
-        if limit < 1:
-            raise ValueError(
-                f"model.{stage}: max_skipped must be at least 1, got {limit} "
-                f"(model.{stage}.module.max_skipped)"
-            )
+    @checked
+    def __init__(self, stage: str, limit: PositiveInt):
         self.stage, self.limit = stage, limit
         self.in_a_row = 0
 
@@ -53,7 +52,7 @@ class SkippedBatches:
                 f"{self.stage}: {self.in_a_row} batches in a row had no finite gradient, the last "
                 f"was batch {batch} with the loss {loss.item():g}; their images are listed in "
                 f"{path}: look at them, lower the learning rate "
-                f"(model.{self.stage}.module.optimizer.lr), or go on from the last checkpoint in "
+                f"(model.{self.stage}.optimizer.lr), or go on from the last checkpoint in "
                 f"float32 (trainer.precision=32-true)"
             )
         return (

@@ -9,6 +9,8 @@ import math
 
 from torch import nn
 
+from var_exp.configurable import Fraction, Share, Weight, checked
+
 # Published recipe (VAR, arXiv 2404.02905, code): tables of places and small vectors never decay.
 NO_DECAY = ("position", "level_embedding", "ada_offset", "log_scale")
 
@@ -38,11 +40,12 @@ class WeightDecay:
         ValueError: a negative decay, or a change from 0, which exempt parameters have.
     """
 
-    def __init__(self, first: float, final: float | None = None):
+    @checked
+    def __init__(self, first: Weight, final: Weight | None = None):
         final = first if final is None else final
-        if min(first, final) < 0 or (first == 0 and final > 0):
+        if first == 0 and final > 0:
             raise ValueError(
-                f"optimizer: weight_decay must be >= 0, and above 0 where it changes, got {first} "
+                f"optimizer: weight_decay must be above 0 where it changes, got {first} "
                 f"and final_weight_decay {final} (model.*.module.weight_decay)"
             )
         self.first, self.final = first, final
@@ -63,8 +66,9 @@ class WarmupSchedule:
     `LinearSchedule` decays along a line (published), `CosineSchedule` along a half cosine.
     """
 
+    @checked
     def __init__(
-        self, warmup: float = 0.02, start: float = 0.005, hold: float = 0.0, final: float = 0.0
+        self, warmup: Fraction = 0.02, start: Share = 0.005, hold: Share = 0.0, final: Share = 0.0
     ):
         self.warmup, self.start, self.hold, self.final = warmup, start, hold, final
 

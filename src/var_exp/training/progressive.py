@@ -6,7 +6,14 @@ between two numbers of scales, goes on as if nothing had happened. (An option of
 arXiv 2404.02905; the published models were trained without.)
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from annotated_types import Gt, Lt
+from pydantic import PositiveInt
+
+from var_exp.configurable import Fraction, checked
+
+Until = Annotated[float, Gt(0), Lt(1)]  # at 1 the last scale would never be trained
 
 
 class ScalesInTraining(NamedTuple):
@@ -30,13 +37,8 @@ class ProgressiveScales:
         ValueError: an argument out of its range.
     """
 
-    def __init__(self, first: int = 4, until: float = 0.5, ramp: float = 0.01):
-        if first < 1 or not 0 < until < 1 or not 0 <= ramp < 1:
-            raise ValueError(
-                f"progressive: expected first >= 1, until above 0 and below 1 (at 1 the last "
-                f"scale would never be trained) and ramp in [0, 1), got {first}, {until} and "
-                f"{ramp} (model.var.module.progressive)"
-            )
+    @checked
+    def __init__(self, first: PositiveInt = 4, until: Until = 0.5, ramp: Fraction = 0.01):
         self.first, self.until, self.ramp = first, until, ramp
 
     def check(self, num_scales: int, num_batches: int) -> None:
@@ -44,14 +46,14 @@ class ProgressiveScales:
         if self.first > num_scales:
             raise ValueError(
                 f"progressive: first is {self.first}, but there are {num_scales} scales "
-                f"(model.var.module.progressive.first)"
+                f"(model.var.progressive.first)"
             )
         reached = self((num_batches - 1) / num_batches, num_scales).num_scales
         if reached < num_scales:
             raise ValueError(
                 f"progressive: the last scale would never be trained: at the last of "
                 f"{num_batches} batches {reached} of {num_scales} scales are in; lower until="
-                f"{self.until} or train longer (model.var.module.progressive.until)"
+                f"{self.until} or train longer (model.var.progressive.until)"
             )
 
     def __call__(self, progress: float, num_scales: int) -> ScalesInTraining:

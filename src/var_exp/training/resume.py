@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from var_exp.checkpoint.checkpoint import KEY, read_checkpoint
 from var_exp.distributed.rank import is_main_process
-from var_exp.io.files import check_seal, replacing
+from var_exp.io.files import atomic_write, verify_checksum
 
 LOGS = ("csv", "tensorboard")  # where a run folder has logs of its stages, see conf/logger
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -104,7 +104,7 @@ def provide_best(folder: Path, found: Found) -> None:
         return
     best = found.path.with_name(BEST)
     try:
-        check_seal(best)
+        verify_checksum(best)
         if best.parent != folder and (batch := batch_of(best)) != state["best_batch"]:
             raise ValueError(f"it is of batch {batch}, the best so far was {state['best_batch']}")
     except ValueError as error:
@@ -114,7 +114,7 @@ def provide_best(folder: Path, found: Found) -> None:
             return
         best = found.path
     if best != folder / BEST:
-        with replacing(folder / BEST) as unfinished:
+        with atomic_write(folder / BEST) as unfinished:
             shutil.copyfile(best, unfinished)
 
 

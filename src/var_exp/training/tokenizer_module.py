@@ -16,7 +16,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from var_exp.data import Batch
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.tokenizer import VQVAE
-from var_exp.tokenizer.adversarial_loss import Adversary
+from var_exp.tokenizer.adversarial_loss import AdversarialLoss
 from var_exp.tokenizer.losses import ReconstructionLoss, psnr
 from var_exp.training.module import MakeOptimizer, StageModule, as_list
 from var_exp.training.optim import param_groups
@@ -58,7 +58,7 @@ class TokenizerModule(StageModule):
         loss: ReconstructionLoss,
         optimizer: MakeOptimizer,
         schedule: Callable[[float], float],
-        adversary: Adversary | None = None,
+        adversary: AdversarialLoss | None = None,
         discriminator_optimizer: MakeOptimizer | None = None,
         freeze: Sequence[str] = (),
         **others: Any,
@@ -70,7 +70,7 @@ class TokenizerModule(StageModule):
         self.frozen = check_parts(freeze, adversary)
         for part in self.frozen:
             tokenizer.get_submodule(part).requires_grad_(False)
-        self.keep_average()
+        self.keep_ema()
 
     def networks(self) -> dict[str, nn.Module]:
         return {"tokenizer": self.tokenizer}
@@ -85,7 +85,7 @@ class TokenizerModule(StageModule):
         return evaluator.conclude_tokenizer(self.tokenizer, folder)
 
     def protocol(self, evaluator: Evaluator) -> dict[str, Any]:
-        return evaluator.protocol_of_reconstructions(self.tokenizer, self.handed_on)
+        return evaluator.protocol_of_reconstructions(self.tokenizer, self.eval_weights)
 
     # -- training -------------------------------------------------------------------------
 
@@ -107,37 +107,39 @@ class TokenizerModule(StageModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         parts = [images for (images,) in self.split(batch.images)]
         generator, *discriminator = as_list(self.optimizers())
-        rebuilt, terms = self.descend_tokenizer(generator, parts)
+        reconstructed, terms = self.generator_step(generator, parts)
         stepped = self.step(generator)
         if stepped:
-            self.update_average()
+            self.update_ema()
         if self.factor > 0:
-            terms |= self.descend_discriminator(*discriminator, parts, rebuilt)
+            terms |= self.discriminator_step(*discriminator, parts, reconstructed)
             stepped &= self.step(*discriminator, name="discriminator_")
             self.adversary.finish_batch()
         terms = self.over_ranks(terms)
-        self.conclude_batch(stepped, terms, batch)
+        self.log_step(stepped, terms, batch)
         return terms["loss"]
 
-    def descend_tokenizer(self, optimizer, parts: list[Tensor]) -> tuple[list[Tensor], dict]:
+    def generator_step(self, optimizer, parts: list[Tensor]) -> tuple[list[Tensor], dict]:
         """Gradients of the tokenizer; its reconstructions, and the means of all terms."""
-        rebuilt, sums = [], {}
+        reconstructed, sums = [], {}
         total = sum(map(len, parts))
         for i, images in enumerate(parts):
             share = len(images) / total
-            with self.turn(optimizer, last=i + 1 == len(parts)):
+            with self.toggled(optimizer, last=i + 1 == len(parts)):
                 output = self.tokenizer(images)
                 terms = self.loss(output, images)
                 if self.factor > 0:
-                    terms |= self.deceive(output.images, terms["loss"], share)
+                    terms |= self.adversarial_terms(output.images, terms["loss"], share)
                 self.manual_backward(terms["loss"] * share)
-            rebuilt.append(output.images.detach())
+            reconstructed.append(output.images.detach())
             add(sums, terms, share)
-        return rebuilt, sums
+        return reconstructed, sums
 
-    def deceive(self, rebuilt: Tensor, loss: Tensor, share: float) -> dict[str, Tensor]:
+    def adversarial_terms(
+        self, reconstructed: Tensor, loss: Tensor, share: float
+    ) -> dict[str, Tensor]:
         """The adversarial term, and the loss with it."""
-        adversarial = self.adversary.generator_loss(rebuilt)
+        adversarial = self.adversary.generator_loss(reconstructed)
         if self.adversary.adaptive:
             last_layer = self.tokenizer.decoder.conv_out.weight
             self.adversary.measure(loss * share, adversarial * share, last_layer)
@@ -148,15 +150,15 @@ class TokenizerModule(StageModule):
             "loss": loss + weight * adversarial,
         }
 
-    def descend_discriminator(
-        self, optimizer, parts: list[Tensor], rebuilt: list[Tensor]
+    def discriminator_step(
+        self, optimizer, parts: list[Tensor], reconstructed: list[Tensor]
     ) -> dict[str, Tensor]:
         """Gradients of the discriminator, on reconstructions that the tokenizer's step has made."""
         sums = {}
         total = sum(map(len, parts))
-        for i, (images, fakes) in enumerate(zip(parts, rebuilt, strict=True)):
+        for i, (images, fakes) in enumerate(zip(parts, reconstructed, strict=True)):
             share = len(images) / total
-            with self.turn(optimizer, last=i + 1 == len(parts)):
+            with self.toggled(optimizer, last=i + 1 == len(parts)):
                 terms = self.adversary.discriminator_loss(images, fakes)
                 self.manual_backward(terms["loss"] * share)
             add(sums, {f"discriminator_{name}": value for name, value in terms.items()}, share)
@@ -204,13 +206,13 @@ def add(sums: dict[str, Tensor], terms: dict[str, Tensor], share: float) -> None
 
 
 def check_size(
-    size: tuple[int, int], adversary: Adversary | None, loss: ReconstructionLoss
+    size: tuple[int, int], adversary: AdversarialLoss | None, loss: ReconstructionLoss
 ) -> None:
     """Raise ValueError for images that a network is too deep for, which would show late."""
     discriminator = adversary and adversary.discriminator
     for network, remedy in (
         (discriminator, "lower adversary.discriminator.num_layers, or set adversary=none"),
-        (loss.perceptual, "set model.tokenizer.module.loss.lpips=0 and ...loss.perceptual=null"),
+        (loss.perceptual, "set model.tokenizer.loss.lpips=0 and ...loss.perceptual=null"),
     ):
         smallest = getattr(network, "smallest_side", 1)
         if min(size) < smallest:
@@ -220,18 +222,18 @@ def check_size(
             )
 
 
-def check_parts(freeze: Sequence[str], adversary: Adversary | None) -> list[str]:
+def check_parts(freeze: Sequence[str], adversary: AdversarialLoss | None) -> list[str]:
     """The submodules of a tokenizer that are frozen, by the names of its parts."""
     unknown = set(freeze) - set(PARTS)
     if unknown or len(set(freeze)) == len(PARTS):
         raise ValueError(
             f"model.tokenizer: freeze takes some of {', '.join(PARTS)}, but not all, got "
-            f"{list(freeze)} (model.tokenizer.module.freeze)"
+            f"{list(freeze)} (model.tokenizer.freeze)"
         )
     if "decoder" in freeze and adversary is not None:
         raise ValueError(
             "model.tokenizer: a frozen decoder has nothing to learn from an adversary; unfreeze "
-            "it (model.tokenizer.module.freeze), or set adversary=none"
+            "it (model.tokenizer.freeze), or set adversary=none"
         )
     return [part for name in freeze for part in PARTS[name]]
 

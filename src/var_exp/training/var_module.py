@@ -15,17 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from var_exp.configurable import Fraction, Share, Weight, checked
 from var_exp.data import Batch, CodeBatch
-from var_exp.distributed.collectives import from_first, own_part, world_size
+from var_exp.distributed.collectives import broadcast, scatter, world_size
 from var_exp.evaluation.evaluator import Evaluator
-from var_exp.ops.attention import AUTO, check_backend, chosen_backend
+from var_exp.ops.attention import AUTO, check_backend, resolve_backend
 from var_exp.sampling.generate import check_fit
 from var_exp.tokenizer import VQVAE
 from var_exp.training.module import MakeOptimizer, StageModule
 from var_exp.training.progressive import ProgressiveScales, ScalesInTraining
 from var_exp.training.scaling_law import against_law
 from var_exp.transformer import VAR
-from var_exp.transformer.var import Computing, call_block
+from var_exp.transformer.var import ExecutionOptions, call_block
 
 
 class Tokens(NamedTuple):
@@ -40,20 +41,21 @@ class VARModule(StageModule):
 
     Args:
         transformer, tokenizer: the networks; the checkpoint holds both.
-        label_drop: probability of training a sample without its class.
+        class_dropout_prob: probability of training a sample without its class.
         label_smoothing: share of the target that is spread over all codes, in [0, 1]
             (Szegedy et al., arXiv 1512.00567, section 7).
         scale_weights: weight of a token's loss at each scale, K numbers, of which only the
             ratios matter; None weighs all tokens alike, as the paper does. (The code of
             Infinity, arXiv 2412.04431, weighs scales by a power of their size.)
-        corrupt: share of the codes that are replaced at random in what the transformer reads;
-            the codes of later scales are chosen anew, so that it learns to mend mistakes like
-            its own (bitwise self-correction, arXiv 2412.04431, section 3.3). Needs images.
+        self_correction_prob: share of the codes that are replaced at random in what the
+            transformer reads; the codes of later scales are chosen again, so that it learns to
+            correct mistakes like its own (bitwise self-correction, arXiv 2412.04431, section 3.3).
+            Needs images.
         progressive: trains the first scales first; None trains all of them from the start.
         scaling_law: log the loss against the paper's scaling law, which holds for the
             published tokenizer on ImageNet.
         attention: how training attends, see `var_exp.ops.attention`.
-        recompute: see `var_exp.transformer.var.Computing`.
+        recompute: see `activation_checkpointing` of `var_exp.transformer.var.ExecutionOptions`.
         compile: compile the blocks, for which the first batch takes much longer.
         others: see `StageModule`.
 
@@ -65,52 +67,44 @@ class VARModule(StageModule):
     network_name = "transformer"
     monitor = ("val/loss", "min")
 
+    @checked
     def __init__(
         self,
         transformer: VAR,
         tokenizer: VQVAE,
         optimizer: MakeOptimizer,
         schedule: Callable[[float], float],
-        label_drop: float = 0.1,
-        label_smoothing: float = 0.0,
-        scale_weights: Sequence[float] | None = None,
-        corrupt: float = 0.0,
+        class_dropout_prob: Fraction = 0.1,
+        label_smoothing: Share = 0.0,
+        scale_weights: Sequence[Weight] | None = None,
+        self_correction_prob: Share = 0.0,
         progressive: ProgressiveScales | None = None,
         scaling_law: bool = False,
         attention: str = AUTO,
-        recompute: float = 0.0,
+        activation_checkpointing: Share = 0.0,
         compile: bool = False,
         **others: Any,
     ):
         super().__init__(optimizer, schedule, **others)
         check_fit(transformer, tokenizer)
-        for name, share in (
-            ("label_drop", label_drop),
-            ("label_smoothing", label_smoothing),
-            ("corrupt", corrupt),
-            ("recompute", recompute),
-        ):
-            if not 0 <= share <= 1:
-                raise ValueError(
-                    f"model.var: {name} must lie in [0, 1], got {share} (model.var.module.{name})"
-                )
         check_backend(attention)
         self.transformer, self.tokenizer = transformer, tokenizer
-        self.transformer.computing = Computing(
+        self.transformer.execution = ExecutionOptions(
             attention,
-            recompute,
+            activation_checkpointing,
             torch.compile(call_block, dynamic=False) if compile else call_block,
         )
-        self.label_drop, self.label_smoothing, self.corrupt = label_drop, label_smoothing, corrupt
+        self.class_dropout_prob, self.label_smoothing = class_dropout_prob, label_smoothing
+        self.self_correction_prob = self_correction_prob
         self.progressive, self.scaling_law = progressive, scaling_law
         schedule = transformer.schedule
         self.scale_weights = check_scale_weights(scale_weights, schedule.num_scales)
         if progressive and self.scale_weights[: progressive.first].sum() == 0:
             raise ValueError(
                 f"model.var: scale_weights {list(scale_weights)} leave nothing to train while the "
-                f"first {progressive.first} scales are alone (model.var.module.scale_weights)"
+                f"first {progressive.first} scales are alone (model.var.scale_weights)"
             )
-        self.keep_average()
+        self.keep_ema()
 
     def networks(self) -> dict[str, nn.Module]:
         return {"tokenizer": self.tokenizer, "transformer": self.transformer}
@@ -130,9 +124,9 @@ class VARModule(StageModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        computing = self.transformer.computing
-        backend = chosen_backend(computing.attention, self.transformer.schedule.seq_len)
-        compiled = ", compiled at the first batch" if computing.call is not call_block else ""
+        options = self.transformer.execution
+        backend = resolve_backend(options.attention, self.transformer.schedule.seq_len)
+        compiled = ", compiled at the first batch" if options.call is not call_block else ""
         if compiled or backend != "mask":  # nothing to tell of the plain way
             self.print(f"{self.stage}: attention by {backend}{compiled}")
 
@@ -140,7 +134,7 @@ class VARModule(StageModule):
         return evaluator.conclude_var(self.evaluated, self.tokenizer, folder)
 
     def protocol(self, evaluator: Evaluator) -> dict[str, Any]:
-        return evaluator.protocol_of_samples(self.tokenizer, self.handed_on)
+        return evaluator.protocol_of_samples(self.tokenizer, self.eval_weights)
 
     def check_length(self, num_batches: int) -> None:
         if self.progressive:
@@ -164,20 +158,20 @@ class VARModule(StageModule):
         parts = self.split(shown_by(batch), self.drop_labels(batch.labels))
         total = 0.0
         for i, (shown, labels) in enumerate(parts):
-            with self.turn(optimizer, last=i + 1 == len(parts)):
+            with self.toggled(optimizer, last=i + 1 == len(parts)):
                 loss = self.loss(shown, labels) * (len(shown) / len(batch.labels))
                 self.manual_backward(loss)
             total = total + loss.detach()
         stepped = self.step(optimizer)
         if stepped:
-            self.update_average()
+            self.update_ema()
         terms = self.over_ranks({"loss": total})
-        self.conclude_batch(stepped, terms, batch)
+        self.log_step(stepped, terms, batch)
         return terms["loss"]
 
     def loss(self, shown: Tensor, labels: Tensor) -> Tensor:
         """Weighted mean cross-entropy of the scales in training, on images or codes."""
-        tokens = self.read(shown, self.corrupt)
+        tokens = self.read(shown, self.self_correction_prob)
         n_first = self.transformer.schedule.num_tokens[0]
         length = self.transformer.schedule.slices[self.scales.num_scales - 1].stop
         logits = self.transformer(tokens.inputs[:, : length - n_first], labels)
@@ -196,7 +190,7 @@ class VARModule(StageModule):
     def drop_labels(self, labels: Tensor) -> Tensor:
         """Labels (B,) of which some are "no class": the same ones, however many processes."""
         draws = torch.rand(len(labels) * world_size(), device=labels.device)
-        dropped = own_part(from_first(draws)) < self.label_drop
+        dropped = scatter(broadcast(draws)) < self.class_dropout_prob
         return labels.masked_fill(dropped, self.transformer.num_classes)
 
     @torch.no_grad()
@@ -260,6 +254,6 @@ def check_scale_weights(weights: Sequence[float] | None, num_scales: int) -> Ten
     if len(values) != num_scales or values.min() < 0 or values.max() <= 0:
         raise ValueError(
             f"model.var: scale_weights must be {num_scales} numbers >= 0, not all 0, one for each "
-            f"scale, got {list(weights)} (model.var.module.scale_weights)"
+            f"scale, got {list(weights)} (model.var.scale_weights)"
         )
     return values

@@ -1,8 +1,8 @@
 """Block-causal self-attention and its cache.
 
-A token of scale k sees every token of scales 1..k (VAR, arXiv 2404.02905, section 3.1). In
-training all scales run at once (`backends.py`); in sampling one scale at a time, its keys and
-values kept in a cache that is allocated once. How tokens see each other is handed in.
+A token of scale k sees every token of scales 1..k (VAR, arXiv 2404.02905, section 3.1). Training
+runs all scales at once (`var_exp.ops.attention`); sampling runs one scale at a time and keeps keys
+and values in a cache that is allocated once. The caller passes which tokens are seen as a function.
 
     B batch, L tokens, n tokens of this call, C width, H heads, E = C / H head dimension
 """
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_exp.ops.attention import Attend
-from var_exp.ops.attention_cpu import attend_by_products, by_products
 from var_exp.ops.linear import Linear, linear
 from var_exp.ops.qk_norm import unit_vectors
 from var_exp.transformer.rope import rotate
@@ -42,35 +41,27 @@ class KVCache:
         shape = (depth, batch_size, num_heads, seq_len, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.layers: list[tuple[Tensor, Tensor]] = []  # of `hold_layers`
+        # The same tensors at every call, which is what CUDA graphs may write to.
+        self.layers = [(self.keys[i], self.values[i]) for i in range(depth)]  # (B, H, L, E) each
 
-    def attend(self, index: int, where: slice) -> Attend:
-        """What the tokens at `where` see in a layer: themselves and all that it holds before."""
-        if self.layers:
-            return CachedAttention(*self.layers[index], where)
-        return CachedAttention(self.keys[index], self.values[index], where)
-
-    def hold_layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (B, H, L, E) of each layer, as the same tensors from now on."""
-        self.layers = [(self.keys[i], self.values[i]) for i in range(len(self.keys))]
-        return self.layers
+    def attend(self, layer: int, tokens: slice) -> Attend:
+        """Attention of these tokens to themselves and to all cached tokens before them."""
+        return CachedAttention(*self.layers[layer], tokens)
 
 
 class CachedAttention(NamedTuple):
-    """One layer's keys and values (B, H, L, E), and the place of the tokens that come."""
+    """One layer's keys and values (B, H, L, E), and the slice of the tokens to come."""
 
     keys: Tensor
     values: Tensor
-    where: slice
+    tokens: slice
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
-        """Store k, v (B, H, n, E), and attend to all up to their end."""
-        end = self.where.stop
-        self.keys[:, :, self.where] = k
-        self.values[:, :, self.where] = v
+        """Store k, v (B, H, n, E) and attend to all keys up to theirs: (B, H, n, E)."""
+        self.keys[:, :, self.tokens] = k
+        self.values[:, :, self.tokens] = v
+        end = self.tokens.stop
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-        if dropout == 0 and by_products(q, end):
-            return attend_by_products(q, keys, values, scale)
         return F.scaled_dot_product_attention(q, keys, values, dropout_p=dropout, scale=scale)
 
 
@@ -119,14 +110,14 @@ class SelfAttention(nn.Module):
             self.log_scale = None
 
     def forward(self, x: Tensor, attend: Attend, rotation: Tensor | None = None) -> Tensor:
-        """Attend to whatever tokens are seen.
+        """Attend to the tokens that `attend` shows.
 
         Args:
             x: (B, n, C).
-            attend: queries, keys, values, scale, dropout -> (B, H, n, E); see `backends.py` and
-                `KVCache.attend`.
-            rotation: (2, n, E / 2) of these tokens, from `rotation_of`. It comes after QK-norm,
-                which it leaves as it is; the cache holds turned keys.
+            attend: queries, keys, values, scale, dropout -> (B, H, n, E); see
+                `var_exp.ops.attention` and `KVCache.attend`.
+            rotation: (2, n, E / 2) of these tokens, from `rope.rotation_table`. It comes after
+                QK-norm, which it preserves; the cache holds rotated keys.
 
         Returns:
             (B, n, C).
@@ -134,8 +125,8 @@ class SelfAttention(nn.Module):
         b, n, c = x.shape
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = linear(x, self.qkv.weight, bias)  # (B, n, 3C)
-        three = qkv.view(b, n, 3, self.num_heads, self.head_dim).unbind(2)
-        q, k, v = (x.transpose(1, 2) for x in three)  # (B, H, n, E)
+        qkv = qkv.view(b, n, 3, self.num_heads, self.head_dim)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, n, E)
         if self.log_scale is not None:
             scale = self.log_scale.clamp(max=self.MAX_LOG_SCALE).exp()
             q, k = unit_vectors(q, scale), unit_vectors(k)

@@ -6,10 +6,10 @@
     SharedAdaLNBlock   one linear for all blocks plus a learned offset for each (PixArt-alpha,
                        arXiv 2310.00426; the published d36)
 
-A block is told in two steps, `vectors = block.modulation(condition)` and `block(x, vectors)`:
-the vectors depend on the class alone, so sampling computes them once for all scales.
+A block runs in two steps, `modulation = block.modulation(condition)` and `block(x, modulation,
+attend)`: the modulation depends on the class alone, so sampling computes it once for all scales.
 
-What a block is made of is given to it: the attention and the MLP as modules, the norm as a class.
+A block receives its parts: the attention and the MLP as modules, the norm as a class.
 
     B batch, n tokens, C width
 """
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from var_exp.ops.attention import Attend
 from var_exp.ops.linear import Linear, linear_gelu
 
 NORM_EPS = 1e-6
@@ -89,36 +90,42 @@ class Block(nn.Module):
         self.attn = attn
         self.norm2 = norm(width, NORM_EPS, elementwise_affine=self.affine)
         self.mlp = mlp
-        # Held as a tensor, or each block's own rate would have a compilation of its own.
+        # A tensor: as a number, each block's own rate would be compiled by itself.
         self.register_buffer("drop_path", torch.tensor(float(drop_path)), persistent=False)
         self.drops = drop_path > 0
 
     @staticmethod
     def shared_modulation(width: int) -> nn.Module:
-        """What turns the class embedding (B, C) into the condition that all blocks read."""
+        """Module that maps the class embedding (B, C) to the condition of all blocks."""
         return nn.Identity()
 
     def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
         return ()
 
-    def forward(self, x: Tensor, vectors: tuple[Tensor, ...], **seen) -> Tensor:
-        """(B, n, C) -> (B, n, C); `seen` goes to the attention: what the tokens see."""
-        x = x + self.skip(self.attn(self.norm1(x), **seen))
+    def forward(
+        self,
+        x: Tensor,
+        modulation: tuple[Tensor, ...],
+        attend: Attend,
+        rotation: Tensor | None = None,
+    ) -> Tensor:
+        """(B, n, C) -> (B, n, C); attend and rotation as in `SelfAttention`."""
+        x = x + self.skip(self.attn(self.norm1(x), attend, rotation))
         return x + self.skip(self.mlp(self.norm2(x)))  # (B, n, C)
 
     def skip(self, branch: Tensor) -> Tensor:
-        """Drop the branch (B, n, C) of some samples in training, and make up for it in others."""
+        """Drop the branch (B, n, C) of some samples in training and scale up the others."""
         if not (self.training and self.drops):
             return branch
         kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
         return branch * kept / (1 - self.drop_path)
 
     def init_modulation(self, gate_init: float) -> None:
-        """Scale the freshly initialised modulation; GPT-2's block has none."""
+        """Scale the newly initialised modulation; GPT-2's block has none."""
 
 
 class AdaLNBlock(Block):
-    """The paper's block: norm without affine, modulated by six vectors from the class."""
+    """The paper's block: norms without affine, modulated by six vectors from the class."""
 
     affine = False
 
@@ -133,12 +140,18 @@ class AdaLNBlock(Block):
         """(B, C) -> gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp (B, 1, C)."""
         return self.ada_lin(F.silu(condition)).unsqueeze(1).chunk(6, dim=-1)
 
-    def forward(self, x: Tensor, vectors: tuple[Tensor, ...], **seen) -> Tensor:
-        gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = vectors
+    def forward(
+        self,
+        x: Tensor,
+        modulation: tuple[Tensor, ...],
+        attend: Attend,
+        rotation: Tensor | None = None,
+    ) -> Tensor:
+        gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = modulation
         h = modulate(self.norm1(x), scale_attn, shift_attn)
-        x = gated(x, gate_attn, self.skip(self.attn(h, **seen)))
+        x = gated_residual(x, gate_attn, self.skip(self.attn(h, attend, rotation)))
         h = modulate(self.norm2(x), scale_mlp, shift_mlp)
-        return gated(x, gate_mlp, self.skip(self.mlp(h)))  # (B, n, C)
+        return gated_residual(x, gate_mlp, self.skip(self.mlp(h)))  # (B, n, C)
 
     def init_modulation(self, gate_init: float) -> None:
         scale_gates(self.ada_lin.weight.data.unflatten(0, (6, -1)), gate_init)
@@ -176,10 +189,10 @@ class Head(nn.Module):
     def modulation(self, embedding: Tensor) -> tuple[Tensor, ...]:
         return ()
 
-    def forward(self, x: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
-        return self.logits(self.features(x, vectors))
+    def forward(self, x: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        return self.logits(self.features(x, modulation))
 
-    def features(self, x: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
+    def features(self, x: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """(B, n, C) -> (B, n, C)."""
         return self.norm(x)
 
@@ -201,15 +214,15 @@ class AdaLNHead(Head):
         """(B, C) -> scale, shift (B, 1, C)."""
         return self.ada_lin(F.silu(embedding)).unsqueeze(1).chunk(2, dim=-1)
 
-    def features(self, x: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
-        return modulate(self.norm(x), *vectors)
+    def features(self, x: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        return modulate(self.norm(x), *modulation)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
-def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """x + gate * branch, in one pass where no gradient would keep the branch in x's precision."""
     if torch.is_grad_enabled():
         return x + gate * branch
@@ -217,6 +230,6 @@ def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
 
 
 def scale_gates(six: Tensor, gate_init: float) -> None:
-    """Shrink the two gate rows of a modulation (6, ...) to `gate_init`, the others to a half."""
+    """Multiply the two gate rows of a modulation (6, ...) by `gate_init`, the others by 0.5."""
     six[:2] *= gate_init
     six[2:] *= 0.5

@@ -1,12 +1,12 @@
 """Rotary position embedding in two dimensions, for token maps of growing size.
 
-RoFormer (Su et al., arXiv 2104.09864, section 3.2) turns every pair of channels of the queries
+RoFormer (Su et al., arXiv 2104.09864, section 3.2) rotates every pair of channels of the queries
 and keys by an angle that grows with the token's position: the product of a query and a key then
-knows the two positions through their difference alone, and no norm changes. Here a position is
-a place in the image. Half of a head's channels turn with its row and half with its column, at
-the frequencies of Heo et al. (arXiv 2403.13298) for maps, which are short beside texts. Places
-are counted in cells of the finest map, so that one place of the image has the same angles at
-every scale, as the scales of Infinity share their coordinates (Han et al., arXiv 2412.04431).
+depends on the two positions through their difference alone, and no norm changes. Here a position
+is a point of the image. Half of a head's channels rotate with its row and half with its column, at
+the frequencies of Heo et al. (arXiv 2403.13298) for maps, which are short beside texts. Positions
+are measured in cells of the finest map, so that a point of the image has the same angles at every
+scale, as the scales of Infinity share their coordinates (Han et al., arXiv 2412.04431).
 
     K scales, L tokens, n tokens of this call, H heads, E head dimension
 """
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from var_exp.scales import ScaleSchedule
 
-BASE = 100.0  # the fastest pair turns by 1 rad a cell, the slowest by a little over 1 / BASE
+BASE = 100.0  # the fastest pair rotates by 1 rad a cell, the slowest by a little over 1 / BASE
 
 
-def places(schedule: ScaleSchedule) -> Tensor:
+def token_positions(schedule: ScaleSchedule) -> Tensor:
     """(row, column) of each token's centre, in cells of the finest map: (L, 2) float32."""
     maps = []
     for size in schedule.sizes:
@@ -31,10 +31,10 @@ def places(schedule: ScaleSchedule) -> Tensor:
     return torch.cat(maps)
 
 
-def rotation_of(schedule: ScaleSchedule, head_dim: int) -> Tensor:
+def rotation_table(schedule: ScaleSchedule, head_dim: int) -> Tensor:
     """Cosine and sine of the angle of every pair of channels: (2, L, E / 2) float32.
 
-    The first E / 4 pairs turn with the row, the others with the column (arXiv 2104.09864,
+    The first E / 4 pairs rotate with the row, the others with the column (arXiv 2104.09864,
     equation 15, once for each axis).
 
     Raises:
@@ -46,14 +46,14 @@ def rotation_of(schedule: ScaleSchedule, head_dim: int) -> Tensor:
             f"(transformer.rope, transformer.width, transformer.num_heads)"
         )
     frequencies = BASE ** -(torch.arange(0, head_dim, 4) / head_dim)  # (E / 4,)
-    angles = places(schedule).unsqueeze(-1) * frequencies  # (L, 2, E / 4)
+    angles = token_positions(schedule).unsqueeze(-1) * frequencies  # (L, 2, E / 4)
     angles = angles.flatten(1)  # (L, E / 2)
     return torch.stack((angles.cos(), angles.sin()))
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn queries or keys (B, H, n, E) by the (2, n, E / 2) of their tokens."""
+    """Rotate queries or keys (B, H, n, E) by the (2, n, E / 2) of their tokens."""
     cos, sin = rotation
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, n, E / 2)
-    turned = (first * cos - second * sin, first * sin + second * cos)
-    return torch.stack(turned, dim=-1).flatten(-2)  # (B, H, n, E)
+    rotated = (first * cos - second * sin, first * sin + second * cos)
+    return torch.stack(rotated, dim=-1).flatten(-2)  # (B, H, n, E)

@@ -10,14 +10,16 @@ is the image as known after scale k - 1, resized to (h_k, w_k); the first scale 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from annotated_types import Ge, Le
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from var_exp.configurable import recorded
-from var_exp.ops.attention import AUTO, Attend, attend_whole
+from var_exp.configurable import Fraction, VocabSize, Weight, checked, register_config
+from var_exp.ops.attention import AUTO, Attend, block_causal_attention
 from var_exp.ops.linear import Linear
 from var_exp.scales import ScaleSchedule, Side
 from var_exp.transformer.attention import KVCache, SelfAttention
@@ -30,7 +32,7 @@ from var_exp.transformer.block import (
     SharedAdaLNBlock,
     SwiGLU,
 )
-from var_exp.transformer.rope import rotation_of
+from var_exp.transformer.rope import rotation_table
 
 BLOCKS = {
     "gpt2": (Block, Head),
@@ -44,38 +46,39 @@ NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 def call_block(
     block: Block,
     x: Tensor,
-    vectors: tuple[Tensor, ...],
+    modulation: tuple[Tensor, ...],
     attend: Attend,
     rotation: Tensor | None,
 ) -> Tensor:
-    return block(x, vectors, attend=attend, rotation=rotation)
+    return block(x, modulation, attend, rotation)
 
 
-class Computing(NamedTuple):
-    """How a forward is computed, which is no part of what is computed.
+class ExecutionOptions(NamedTuple):
+    """How a forward pass is executed, which changes its result by rounding at most.
 
-    attention: "auto", or a backend by its name, see `backends.py`.
-    recompute: share of the blocks, in [0, 1] and evenly spread, whose activations are not kept for
-        the backward pass but computed anew (Chen et al., arXiv 1604.06174).
-    call: calls a block; `torch.compile` of it compiles all of them at once, and no key of a
-        checkpoint changes.
-    scale_calls: the same in sampling, for each scale; none: `call_block`. See `compiling.py`.
-    caches: the caches of sampling by their size, where they stay for the next batch; else None.
+    attention: "auto", or the name of a backend, see `var_exp.ops.attention`.
+    activation_checkpointing: share of the blocks, in [0, 1] and evenly spread, that recompute their
+        activations in the backward pass instead of keeping them (Chen et al., arXiv 1604.06174).
+    call: calls a block in `VAR.forward`. Compiling it compiles all blocks at once and changes no
+        key of a state dict.
+    scale_call: calls a block in `VAR.forward_scale`.
+    make_cache: makes the keys and values of a batch; takes the arguments of `KVCache`.
     """
 
     attention: str = AUTO
-    recompute: float = 0.0
+    activation_checkpointing: float = 0.0
     call: Callable[..., Tensor] = call_block
-    scale_calls: tuple[Callable[..., Tensor], ...] = ()
-    caches: dict[tuple[Any, ...], KVCache] | None = None
+    scale_call: Callable[..., Tensor] = call_block
+    make_cache: Callable[..., KVCache] = KVCache
 
-    def recomputes(self, block: int) -> bool:
-        """Whether the block of that number, from 0, is computed anew."""
-        return int((block + 1) * self.recompute) > int(block * self.recompute)
+    def checkpoints(self, block: int) -> bool:
+        """Whether the block of that number, from 0, recomputes its activations."""
+        share = self.activation_checkpointing
+        return int((block + 1) * share) > int(block * share)
 
 
 class Condition(NamedTuple):
-    """All that depends on the class alone: computed once for a batch, whatever the scale.
+    """What depends on the class alone, computed once for all scales.
 
     embedding: (B, C); blocks: the modulation vectors of each block; head: those of the head.
     """
@@ -85,10 +88,11 @@ class Condition(NamedTuple):
     head: tuple[Tensor, ...]
 
 
-MAX_DEPTH = 1000  # blocks: more take minutes to build before memory is found too small
+# More blocks take minutes to build before memory is found too small.
+Depth = Annotated[int, Ge(1), Le(1000)]
 
 
-@recorded
+@register_config
 class VAR(nn.Module):
     """The next-scale transformer, with the paper's or GPT-2's blocks.
 
@@ -108,48 +112,45 @@ class VAR(nn.Module):
         mlp: "gelu" (the paper) or "swiglu" (arXiv 2002.05202), with as many parameters.
         norm: "layer" (the paper) or "rms" (arXiv 1910.07467), of the blocks and the head; with
             affine weights in GPT-2's blocks alone, whichever it is.
-        rope: turn queries and keys by their place in the image (`rope.py`, arXiv 2104.09864).
-            It has no weights and comes on top of the position embedding, which stays: the
-            rotation tells how far apart two tokens are, not where in the image they are.
+        rope: rotate queries and keys by their position in the image (`rope.py`, arXiv
+            2104.09864). It has no weights and comes on top of the position embedding: the
+            rotation encodes how far apart two tokens are, not where in the image they are.
 
     Raises:
         ValueError: an unknown block, MLP or norm, a width that the heads do not divide, or with
             rope a head dimension that 4 does not divide.
     """
 
+    @checked
     def __init__(
         self,
         patch_nums: Sequence[Side],
-        vocab_size: int = 4096,
-        code_dim: int = 32,
-        num_classes: int = 1000,
-        depth: int = 16,
-        width: int | None = None,
-        num_heads: int | None = None,
-        mlp_ratio: float = 4.0,
+        vocab_size: VocabSize = 4096,
+        code_dim: PositiveInt = 32,
+        num_classes: NonNegativeInt = 1000,
+        depth: Depth = 16,
+        width: PositiveInt | None = None,
+        num_heads: PositiveInt | None = None,
+        mlp_ratio: PositiveFloat = 4.0,
         block: str = "adaln",
         qk_norm: bool = True,
-        softmax_scale: float = 1.0,
-        dropout: float = 0.0,
-        drop_path: float = 0.0,
-        gate_init: float = 1e-3,
+        softmax_scale: PositiveFloat = 1.0,
+        dropout: Fraction = 0.0,
+        drop_path: Fraction = 0.0,
+        gate_init: Weight = 1e-3,
         mlp: str = "gelu",
         norm: str = "layer",
         rope: bool = False,
     ):
         super().__init__()
-        block_class, head_class = chosen(BLOCKS, "block", block)
-        mlp_class, norm_class = chosen(MLPS, "mlp", mlp), chosen(NORMS, "norm", norm)
-        if not 1 <= depth <= MAX_DEPTH:
-            raise ValueError(
-                f"transformer: depth must lie in [1, {MAX_DEPTH}], got {depth} (transformer.depth)"
-            )
+        block_class, head_class = lookup(BLOCKS, "block", block)
+        mlp_class, norm_class = lookup(MLPS, "mlp", mlp), lookup(NORMS, "norm", norm)
         self.schedule = ScaleSchedule(patch_nums)
         self.vocab_size, self.code_dim, self.num_classes = vocab_size, code_dim, num_classes
         self.width = 64 * depth if width is None else width
         self.num_heads = max(1, self.width // 64) if num_heads is None else num_heads
         self.dropout = nn.Dropout(dropout)
-        self.computing = Computing()
+        self.execution = ExecutionOptions()
 
         self.class_embedding = nn.Embedding(num_classes + 1, self.width)
         self.code_projection = Linear(code_dim, self.width)
@@ -173,7 +174,7 @@ class VAR(nn.Module):
         levels = self.schedule.level_ids()  # (L,)
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("mask", levels[:, None] >= levels[None, :], persistent=False)
-        rotation = rotation_of(self.schedule, self.width // self.num_heads) if rope else None
+        rotation = rotation_table(self.schedule, self.width // self.num_heads) if rope else None
         self.register_buffer("rotation", rotation, persistent=False)  # (2, L, E / 2)
         self.init_weights(gate_init)
 
@@ -196,15 +197,17 @@ class VAR(nn.Module):
         x = torch.cat((start, self.code_projection(inputs).to(start.dtype)), dim=1)  # (B, L, C)
         length = x.shape[1]
         self.schedule.num_scales_in(length)
-        x = self.dropout(x + self.places(slice(0, length)))
-        computing, rotation = self.computing, self.rotation_at(slice(0, length))
-        attend = attend_whole(computing.attention, self.schedule, self.mask[:length, :length])
-        for i, (block, vectors) in enumerate(zip(self.blocks, condition.blocks, strict=True)):
-            call = computing.call
-            if torch.is_grad_enabled() and computing.recomputes(i):
+        tokens, options = slice(0, length), self.execution
+        x = self.dropout(x + self.position_embedding(tokens))
+        rotation = self.rotation_of(tokens)
+        mask = self.mask[:length, :length]
+        attend = block_causal_attention(options.attention, self.schedule, mask)
+        for i, (block, modulation) in enumerate(zip(self.blocks, condition.blocks, strict=True)):
+            call = options.call
+            if torch.is_grad_enabled() and options.checkpoints(i):
                 call = functools.partial(checkpoint, call, use_reentrant=False)
-            x = call(block, x, vectors, attend, rotation)
-        return self.head(x, condition.head)
+            x = call(block, x, modulation, attend, rotation)  # (B, L, C)
+        return self.head(x, condition.head)  # (B, L, V)
 
     def forward_scale(
         self,
@@ -221,32 +224,35 @@ class VAR(nn.Module):
             inputs: (B, n_k, D), `quantizer.next_input`; None at scale 0.
             condition: from `condition(labels)`.
             cache: from `make_cache`; extended by this scale.
-            mix: guidance, which makes one sample of two: applied to what the head's last layer
-                reads, (B, n_k, C) -> (B / 2, n_k, C); there are then logits of half as many.
+            mix: applied to the input of the head's last layer, (B, n_k, C) -> (B / 2, n_k, C), to
+                make one sample of two for guidance; the logits are then (B / 2, n_k, V).
         """
-        where = self.schedule.slices[k]
+        tokens = self.schedule.slices[k]
         x = self.start_tokens(condition) if inputs is None else self.code_projection(inputs)
-        x = x + self.places(where)  # (B, n_k, C)
-        rotation = self.rotation_at(where)
-        call = self.computing.scale_calls[k] if self.computing.scale_calls else call_block
-        for i, block in enumerate(self.blocks):
-            x = call(block, x, condition.blocks[i], cache.attend(i, where), rotation)
+        x = x + self.position_embedding(tokens)  # (B, n_k, C)
+        rotation, call = self.rotation_of(tokens), self.execution.scale_call
+        for i, (block, modulation) in enumerate(zip(self.blocks, condition.blocks, strict=True)):
+            x = call(block, x, modulation, cache.attend(i, tokens), rotation)  # (B, n_k, C)
         features = self.head.features(x, condition.head)
         return self.head.logits(features if mix is None else mix(features))
 
     def condition(self, labels: Tensor) -> Condition:
-        """What the class decides: (B,) int64 -> embedding and modulation vectors."""
+        """Class embedding and modulation vectors of labels (B,) int64."""
         embedding = self.class_embedding(labels)  # (B, C)
-        shared = self.shared_modulation(embedding)
-        vectors = [block.modulation(shared) for block in self.blocks]
-        return Condition(embedding, vectors, self.head.modulation(embedding))
+        shared = self.shared_modulation(embedding)  # (B, C), (B, 6C) with shared AdaLN
+        blocks = [block.modulation(shared) for block in self.blocks]
+        return Condition(embedding, blocks, self.head.modulation(embedding))
 
     def check_labels(self, labels: Tensor | None, batch_size: int) -> Tensor:
-        """Labels (B,) on the network's device, "no class" where there are none."""
+        """Labels (B,) on the network's device; None becomes "no class" for all.
+
+        Raises:
+            ValueError: a label outside 0..num_classes.
+        """
         device = self.class_embedding.weight.device
         if labels is None:
             return torch.full((batch_size,), self.num_classes, device=device)
-        # Looking at values on a GPU would stall it at every step.
+        # Reading values of a GPU would make every step wait for it.
         if labels.device.type == "cpu" and len(labels):
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high > self.num_classes:
@@ -257,43 +263,41 @@ class VAR(nn.Module):
         return labels.to(device)
 
     def start_tokens(self, condition: Condition) -> Tensor:
-        """The class embedding at every place of the first scale: (B, n_1, C)."""
+        """The class embedding at every position of the first scale: (B, n_1, C)."""
         return condition.embedding.unsqueeze(1) + self.start_position
 
-    def places(self, where: slice) -> Tensor:
-        """Position and level embedding of some tokens: (1, n, C)."""
-        return self.position[:, where] + self.level_embedding(self.levels[where])
+    def position_embedding(self, tokens: slice) -> Tensor:
+        """Position plus level embedding of some tokens: (1, n, C)."""
+        return self.position[:, tokens] + self.level_embedding(self.levels[tokens])
 
-    def rotation_at(self, where: slice) -> Tensor | None:
-        """What turns the queries and keys of some tokens: (2, n, E / 2), None without rope."""
-        return None if self.rotation is None else self.rotation[:, where]
+    def rotation_of(self, tokens: slice) -> Tensor | None:
+        """Rotation of the queries and keys of some tokens, (2, n, E / 2); None without rope."""
+        return None if self.rotation is None else self.rotation[:, tokens]
 
     def make_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> KVCache:
-        """A cache for one batch of whole sequences: a new one, unless `computing` keeps them.
+        """Make a cache for one batch of whole sequences.
 
         Args:
-            dtype: that of keys and values, which under autocast is not that of the weights; None
-                takes theirs as they will come.
+            dtype: of keys and values; None takes autocast's where it is on, else the weights'.
         """
         weight = self.code_projection.weight
         device = weight.device.type
-        available = torch.amp.is_autocast_available(device)  # not for tensors without content
+        available = torch.amp.is_autocast_available(device)  # not on the meta device
         if dtype is None and available and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        dtype, caches = dtype or weight.dtype, self.computing.caches
-        key = (batch_size, dtype, weight.device)
-        if caches is not None and key in caches:
-            return caches[key]
-        head_dim = self.width // self.num_heads
-        sizes = (len(self.blocks), batch_size, self.num_heads, self.schedule.seq_len, head_dim)
-        cache = KVCache(*sizes, dtype, weight.device)
-        if caches is not None:
-            caches[key] = cache
-        return cache
+        return self.execution.make_cache(
+            len(self.blocks),
+            batch_size,
+            self.num_heads,
+            self.schedule.seq_len,
+            self.width // self.num_heads,
+            dtype or weight.dtype,
+            weight.device,
+        )
 
     @torch.no_grad()
     def init_weights(self, gate_init: float) -> None:
-        """The published initialisation (RECIPES of arXiv 2404.02905's code)."""
+        """Initialise as the published code of arXiv 2404.02905 does."""
         std = math.sqrt(1 / (3 * self.width))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -311,8 +315,8 @@ class VAR(nn.Module):
             self.head.ada_lin.weight *= 0.5
 
 
-def chosen(choices: dict[str, Any], key: str, name: str) -> Any:
-    """The entry that a configuration names under `transformer.<key>`."""
+def lookup(choices: dict[str, Any], key: str, name: str) -> Any:
+    """The choice of that name; raise ValueError, which names `transformer.<key>`, for another."""
     if name not in choices:
         raise ValueError(
             f"transformer: {key} must be one of {sorted(choices)}, got {name!r} (transformer.{key})"

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from var_exp.io.files import replacing
+from var_exp.io.files import atomic_write
 
 MIN_SIDE = 64  # smaller images are enlarged to at least this many pixels
 GAP = 4  #       between neighboring images
@@ -33,7 +33,7 @@ def to_uint8(images: Tensor) -> Tensor:
 def save_png(image: np.ndarray, path: str | Path) -> None:
     """Write a uint8 (H, W, 3) or (H, W, 1) array atomically."""
     pixels = image[:, :, 0] if image.shape[2] == 1 else image
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         Image.fromarray(pixels).save(unfinished, format="PNG")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from var_exp.checkpoint.official.names import entries
 from var_exp.checkpoint.official.sizes import PHI_RATIO, SOFTMAX_SCALE
-from var_exp.io.files import replacing
+from var_exp.io.files import atomic_write
 from var_exp.tokenizer import VQVAE, Codebook
 from var_exp.transformer import VAR
 from var_exp.transformer.block import MLP, AdaLNHead
@@ -61,7 +61,7 @@ def save_official(
     paths = [None if n is None else Path(folder) / _file_name(n) for n in networks]
     for state, path in zip(states, paths, strict=True):
         if state is not None:
-            with replacing(path) as unfinished:
+            with atomic_write(path) as unfinished:
                 torch.save({name: tensor.cpu() for name, tensor in state.items()}, unfinished)
     return OfficialFiles(*paths)
 

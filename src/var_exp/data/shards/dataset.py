@@ -18,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pydantic import PositiveInt
 
+from var_exp.configurable import checked
 from var_exp.data.encoded import EncodedImages, EncodedSource, decode
 from var_exp.data.shards.index import ShardIndex, find_shards, read_index
-from var_exp.data.shuffle import block_order, check_order
+from var_exp.data.shuffle import block_order
 
 MAX_OPEN = 128  # files of a process; many systems allow 1,024
 
@@ -30,25 +32,25 @@ class Shards(EncodedSource):
     """Images of a folder of tar shards with an index.
 
     root:    the folder
-    buffer:  images that are shuffled with each other at a time, over all ranks; a set that is no
-             larger is shuffled as a whole
-    lanes:   shards that are read side by side, over all ranks; with 1, 2, 4 ... lanes ranks, each
-             reads shards of its own
+    shuffle_buffer: images that are shuffled with each other at a time, over all ranks; a set that
+             is not larger is shuffled as a whole
+    num_streams: shards that are read side by side, over all ranks; with 1, 2, 4 ... num_streams
+             ranks, each reads shards of its own
     options: those of `EncodedSource`
     """
 
+    @checked
     def __init__(
         self,
         root: str | None,
         name: str = "shards",
-        buffer: int = 65536,
-        lanes: int = 64,
+        shuffle_buffer: PositiveInt = 65536,
+        num_streams: PositiveInt = 64,
         **options,
     ):
         super().__init__(name, **options)
-        check_order(name, buffer, lanes)
         self.root = root
-        self.buffer, self.lanes = buffer, lanes
+        self.shuffle_buffer, self.num_streams = shuffle_buffer, num_streams
 
     def prepare(self) -> None:
         if self.root is None or not Path(self.root).is_dir():
@@ -88,7 +90,7 @@ class Shards(EncodedSource):
         )
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        return block_order(self.train.shard, self.buffer, self.lanes, seed, epoch)
+        return block_order(self.train.shard, self.shuffle_buffer, self.num_streams, seed, epoch)
 
 
 class ShardImages(EncodedImages):

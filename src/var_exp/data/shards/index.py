@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 from var_exp.data.image_folder import EXTENSIONS
-from var_exp.io.files import replacing
+from var_exp.io.files import atomic_write
 
 INDEX, CLASSES = "index.npz", "classes.json"
 FORMAT = 1
@@ -185,7 +185,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 def write_index(root: Path, index: ShardIndex) -> None:
     about = {"format": FORMAT, **{k: v for k, v in index._asdict().items() if k != "rows"}}
     text = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
-    with replacing(root / INDEX) as unfinished:
+    with atomic_write(root / INDEX) as unfinished:
         np.savez(unfinished, about=text, **index.rows)
 
 

@@ -8,8 +8,9 @@ gives the same bytes.
 
 import hashlib
 import io
-import json
 import os
+import re
+import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,11 +19,12 @@ from typing import NamedTuple
 from var_exp.data.encoded import decode
 from var_exp.data.image_folder import ImageFiles, ImageFolder
 from var_exp.data.shards.index import Scanned, find_shards, scan_shard
-from var_exp.data.shards.parallel import Count
 from var_exp.data.source import epoch_order
-from var_exp.io.files import replacing
+from var_exp.io.parts import Parts
 
 RECORD = "packing.json"
+NAMES = re.compile(r"(train|val)-\d{6,}\.tar")
+REMEDY = "choose another folder, or remove that one"
 BadImages = list[tuple[str, str]]  # which do not decode, and why
 
 
@@ -99,8 +101,8 @@ def bytes_in_tar(sample: Sample) -> int:
     return blocks * tarfile.BLOCKSIZE
 
 
-def begin(out: Path, jobs: Sequence[ShardJob], options: dict) -> None:
-    """Notes in the folder what is being packed, so that only the same goes on in it.
+def begin(out: Path, jobs: Sequence[ShardJob], options: dict) -> Parts:
+    """Record in the folder what is being packed, so that only the same goes on in it.
 
     Raises:
         ValueError: the folder holds other shards.
@@ -109,31 +111,27 @@ def begin(out: Path, jobs: Sequence[ShardJob], options: dict) -> None:
     for job in jobs:
         for sample in job.samples:
             digest.update(repr((sample.name, sample.label, sample.stamp)).encode())
-    record = {"options": options, "files": digest.hexdigest()}
-    path = out / RECORD
-    known = json.loads(path.read_text()) if path.is_file() else None
-    shards = set(find_shards(out))
-    if (known != record and shards) or shards - {job.path.name for job in jobs}:
-        same = known is not None and known["files"] == record["files"]
+    parts = Parts(
+        out, RECORD, {"options": options, "files": digest.hexdigest()}, NAMES, "pack", REMEDY
+    )
+    record, shards = parts.read_record(), set(find_shards(out))
+    known = record and {name: record.get(name) for name in parts.work}
+    if (known != parts.work and shards) or shards - {job.path.name for job in jobs}:
+        same = known and known["files"] == parts.work["files"]
         raise ValueError(
-            f"'{out}' holds shards of other {'options' if same else 'images'} than these: choose "
-            "another folder, or remove that one"
+            f"'{out}' holds shards of other {'options' if same else 'images'} than these: {REMEDY}"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    for leftover in out.glob(".*.tar"):  # of a process that was killed
-        leftover.unlink()
-    with replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    parts.begin()
+    return parts
 
 
-def write_shard(job: ShardJob, skip: bool, count: Count) -> Written:
-    """Writes a shard that is not there yet, of the images that decode.
+def write_shard(job: ShardJob, skip: bool, parts: Parts) -> Written:
+    """Write a shard, unless it is there and whole, of the images that decode.
 
     Args:
         skip: leave out images that do not decode; else nothing is written where there is one.
     """
-    if job.path.exists():
-        count(len(job.samples))
+    if parts.is_whole(job.path.name, lambda line: print(line, file=sys.stderr)):
         scanned = scan_shard(job.path)
         if len(scanned.rows["label"]) == len(job.samples):
             return Written(scanned, [])
@@ -141,42 +139,38 @@ def write_shard(job: ShardJob, skip: bool, count: Count) -> Written:
             names = set(tar.getnames())
         missing = [sample.path for sample in job.samples if sample.name not in names]
         return Written(scanned, [(path, "left out before") for path in missing])
+    bad: BadImages = []
+
+    def write(path: Path) -> None:
+        bad.extend(write_tar(path, job.samples))
+        if bad and not skip:
+            raise Refused
+
     try:
-        with replacing(job.path) as unfinished:
-            bad = fill(unfinished, job.samples, count)
-            if bad and not skip:
-                raise Refused(bad)
-    except Refused as refused:
-        return Written(None, refused.bad)
+        parts.write(job.path.name, write)
+    except Refused:
+        return Written(None, bad)
     return Written(scan_shard(job.path), bad)
 
 
 class Refused(Exception):
     """A shard is not to be, because of files that do not decode."""
 
-    def __init__(self, bad: BadImages):
-        super().__init__(bad)
-        self.bad = bad
 
-
-def fill(path: Path, samples: Sequence[Sample], count: Count) -> BadImages:
-    """Writes a tar file of the samples that decode, and hands it to the disk; the others."""
+def write_tar(path: Path, samples: Sequence[Sample]) -> BadImages:
+    """Write a tar file of the samples that decode; the others."""
     bad: BadImages = []
-    with open(path, "wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-            for sample in samples:
-                data = Path(sample.path).read_bytes()
-                try:
-                    decode(io.BytesIO(data), sample.path, "RGB")
-                except ValueError as error:
-                    bad.append((sample.path, str(error.__cause__)))
-                else:
-                    add(tar, sample.name, data)
-                    if sample.label is not None:
-                        add(tar, f"{sample.key}.cls", str(sample.label).encode())
-                count(1)
-        file.flush()
-        os.fsync(file.fileno())
+    with tarfile.open(path, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for sample in samples:
+            data = Path(sample.path).read_bytes()
+            try:
+                decode(io.BytesIO(data), sample.path, "RGB")
+            except ValueError as error:
+                bad.append((sample.path, str(error.__cause__)))
+            else:
+                add(tar, sample.name, data)
+                if sample.label is not None:
+                    add(tar, f"{sample.key}.cls", str(sample.label).encode())
     return bad
 
 

@@ -10,7 +10,6 @@ Every network sees images of 8 bits, rounded by one rule, as if they were read f
     B batch, (C, H, W) an image, F features
 """
 
-import hashlib
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from var_exp.io.fingerprint import fingerprint, with_form
 from var_exp.visualization.images import to_uint8
 
 TOLERANCE = 0.01  # how far outside [0, 1] pixels may lie before they are taken for a mistake
@@ -37,7 +37,7 @@ class FeatureNetwork(nn.Module):
     It never leaves evaluation mode, whoever holds it: metrics put their networks into training
     mode along with themselves.
 
-    judge: images (B, C, H, W) in [-1, 1] -> the class that each shows, (B,) int64, on the CPU;
+    classify: images (B, C, H, W) in [-1, 1] -> the class that each shows, (B,) int64, on the CPU;
         None for a network that does not know the classes of the images.
 
     Args:
@@ -46,7 +46,7 @@ class FeatureNetwork(nn.Module):
         about: plain data on how it sees, which is written beside every figure.
     """
 
-    judge = None
+    classify = None
 
     def __init__(self, name: str, num_features: int, about: dict[str, Any] | None = None):
         super().__init__()
@@ -79,11 +79,7 @@ class FeatureNetwork(nn.Module):
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that differ when any weight differs; computed once."""
-        digest = hashlib.sha256()
-        for name, tensor in self.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint("", with_form(self.state_dict().items()))
 
     def train(self, mode: bool = True) -> "FeatureNetwork":
         return super().train(False)

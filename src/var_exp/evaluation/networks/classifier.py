@@ -20,7 +20,7 @@ from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, cross_entropy
 from torch.utils.data import Dataset
 
 from var_exp.evaluation.networks.base import FeatureNetwork, Features
-from var_exp.io.files import read_tensors, replacing
+from var_exp.io.files import atomic_write, read_tensors
 from var_exp.visualization.images import to_uint8
 
 WIDTH = 8
@@ -81,7 +81,7 @@ class ClassifierFeatures(FeatureNetwork):
         self.about |= {"trained_to_tell": task, "accuracy": accuracy}
 
     @torch.no_grad()
-    def judge(self, images: Tensor) -> Tensor:
+    def classify(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] -> the class that each shows, (B,) int64, on the CPU."""
         return self((images + 1) / 2).logits.argmax(dim=1).cpu()
 
@@ -139,7 +139,7 @@ def train_or_load(path: str | Path, source, seed: int = 0) -> ClassifierFeatures
         return _load(path, source, seed)
     network = train_classifier(source, seed)
     about = _describe(source, seed) | {"task": network.task, "accuracy": network.accuracy}
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         torch.save({"about": about, "state_dict": network.state_dict()}, unfinished)
     return network
 

@@ -10,8 +10,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from var_exp.distributed.launch import check_tasks
-from var_exp.evaluation import ScoreSettings
 from var_exp.experiment.config.validate import check_part
+from var_exp.io.files import check_writable
 from var_exp.sampling import check_settings
 from var_exp.training.callbacks.evaluation import Callback, EvaluationCallback, check_interval
 from var_exp.training.fit import check_precision
@@ -46,15 +46,12 @@ def check_stages(cfg: DictConfig) -> None:
 
 
 def check_tokens(cfg: DictConfig) -> None:
-    for name in ("views", "batch_size"):
-        if cfg.tokens[name] < 1:
-            raise ValueError(
-                f"tokens: {name} must be at least 1, got {cfg.tokens[name]} (tokens.{name})"
-            )
-    corrupt = cfg.model.var.module.get("corrupt", 0)
+    if cfg.tokens.dir is not None:
+        check_writable(Path(cfg.tokens.dir), "tokens.dir")
+    corrupt = cfg.model.var.get("self_correction_prob", 0)
     if "tokens" in cfg.stages and corrupt > 0:
         raise ValueError(
-            f"tokens: model.var.module.corrupt={corrupt} chooses codes anew, which takes the "
+            f"tokens: model.var.self_correction_prob={corrupt} chooses codes anew, which takes the "
             f"images; set it to 0, or leave tokens out of stages, now {list(cfg.stages)}"
         )
 
@@ -69,7 +66,6 @@ def check_evaluation(cfg: DictConfig) -> None:
             f"{counts} and {cfg.evaluation.batch_size}"
         )
     check_interval(cfg.evaluation.every_n_batches, cfg.evaluation.every_n_epochs)
-    ScoreSettings(**cfg.evaluation.scores).check()
 
 
 def check_reference(cfg: DictConfig) -> None:
@@ -96,11 +92,11 @@ def check_objective(cfg: DictConfig) -> None:
 
 
 def check_frozen(cfg: DictConfig) -> None:
-    frozen = cfg.model.tokenizer.module.freeze if "tokenizer" in cfg.stages else None
+    frozen = cfg.model.tokenizer.freeze if "tokenizer" in cfg.stages else None
     if frozen and not cfg.init_from:
         raise ValueError(
             f"model.tokenizer: freeze {list(frozen)} would keep what nobody trained; name what it "
-            f"starts from (init_from=PATH), or freeze nothing (model.tokenizer.module.freeze=[])"
+            f"starts from (init_from=PATH), or freeze nothing (model.tokenizer.freeze=[])"
         )
 
 

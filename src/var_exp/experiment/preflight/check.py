@@ -18,19 +18,18 @@ from var_exp.data import ImageSource
 from var_exp.data.workers import number_of_workers
 from var_exp.experiment import build
 from var_exp.experiment.config.checks import CHOICES
-from var_exp.experiment.preflight.images import Looked, balance_of, look
+from var_exp.experiment.preflight.images import ImageScan, balance_of, look
 from var_exp.experiment.preflight.report import Findings, balance_row, looked_row
 from var_exp.experiment.preflight.resources import (
     KEPT,
     Devices,
-    check_writable,
     checkpoints_bytes,
     devices_of,
     free_bytes,
-    nearest,
 )
 from var_exp.experiment.preflight.stages import check_stages
 from var_exp.experiment.run import Run
+from var_exp.io.files import check_writable, nearest
 from var_exp.io.text import amount, table
 from var_exp.training.loggers.wandb import ContinuedWandbLogger, mode_of
 
@@ -124,7 +123,7 @@ def check_machine(
     places = [run_dir, Path(cfg.runs_dir), Path(cfg.evaluation.cache)]
     by_place = {nearest(folder): folder for folder in reversed(places)}  # each is said once
     for folder in by_place.values():
-        found.attempt(check_writable, folder)
+        found.attempt(check_writable, folder, "run_dir")
     rows: dict[str, object] = {}
     free, needed = free_bytes(run_dir), checkpoints_bytes(checkpoints)
     if checkpoints:
@@ -178,7 +177,7 @@ def check_images(cfg: DictConfig, source: ImageSource, found: Findings) -> None:
     print(table(f"images: {source.name}", rows), end="\n\n", flush=True)
 
 
-def tell_looks(source: ImageSource, part: str, looked: Looked, found: Findings) -> None:
+def tell_looks(source: ImageSource, part: str, looked: ImageScan, found: Findings) -> None:
     if problems := looked.problems:
         found.error(f"data: {len(problems)} {part} images cannot be used; {problems[0]}")
     sizes = [look.size for look in looked.looks if look.size]

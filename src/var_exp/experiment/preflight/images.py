@@ -35,7 +35,7 @@ class Look(NamedTuple):
     problem: str | None
 
 
-class Looked(NamedTuple):
+class ImageScan(NamedTuple):
     """looks: at the images that were looked at, of `total`."""
 
     looks: list[Look]
@@ -91,7 +91,7 @@ class Probe(Dataset):
 
 def look(
     source: ImageSource, part: str, *, seed: int, num_workers: int, everything: bool = False
-) -> Looked:
+) -> ImageScan:
     """Decode and cut images as training would, in an order that the seed decides.
 
     Args:
@@ -121,4 +121,4 @@ def look(
             bar.update(len(together))
             if not everything and time.monotonic() > end:
                 break
-    return Looked(looks, total)
+    return ImageScan(looks, total)

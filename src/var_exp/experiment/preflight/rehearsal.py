@@ -7,6 +7,11 @@ temporaries included. Operators are those of CPUs, with the precisions that auto
 where there is to be one. Not in it: what a GPU's allocator rounds up, its context, the workspaces
 of its convolutions, the optimizer's own temporaries. Attention with dropout is counted as on CPUs,
 where all its weights are kept.
+
+Torch's `MemTracker` does not serve: it hooks the gradient of every parameter of a module that runs
+forward, which raises for frozen ones ("cannot register a hook on a tensor that doesn't require
+gradient", torch 2.14: the tokenizer of stage two, each network of stage one in the other's turn),
+and it does not say what autograd keeps.
 """
 
 import contextlib
@@ -155,7 +160,7 @@ def rehearse(
         precision: "bf16-mixed" or "32-true".
         accelerator: "cpu", or anything else for the precisions of a GPU.
     """
-    size = min(share, module.micro_batch or share)
+    size = min(share, module.micro_batch_size or share)
     module = copy.deepcopy(module)
     with FakeTensorMode(allow_non_fake_inputs=True):
         module.to_empty(device="cpu")
@@ -163,11 +168,11 @@ def rehearse(
     # Read as a number, and that of all networks but fresh ones: codebooks have started.
     module.tokenizer.quantizer.started = torch.tensor(True)
     if accelerator != "cpu" and isinstance(module.network, VAR):
-        # Blocks are recomputed within the backward pass, where the mode around it is off. No way
-        # of attending keeps its weights on a GPU; on a CPU segments do, a mask does not.
-        computing = module.network.computing
-        call = functools.partial(call_as_on_gpu, computing.call)
-        module.network.computing = computing._replace(call=call, attention="mask")
+        # Blocks are recomputed within the backward pass, where the mode around it is off. On a GPU
+        # no way of attending keeps its weights; on a CPU attention per scale does, a mask does not.
+        execution = module.network.execution
+        call = functools.partial(call_as_on_gpu, execution.call)
+        module.network.execution = execution._replace(call=call, attention="mask")
     with contextlib.nullcontext() if accelerator == "cpu" else AsOnGPU():
         return last_step(module, images, num_batches, precision, continued=size < share)
 
@@ -216,10 +221,10 @@ def stand_alone(module: StageModule, backward: Callable[[Tensor], None]) -> None
 
     instead = {
         "optimizers": lambda **_: optimizers if len(optimizers) > 1 else optimizers[0],
-        "turn": lambda optimizer, last: module.toggled_optimizer(optimizer),
+        "toggled": lambda optimizer, last: module.toggled_optimizer(optimizer),
         "manual_backward": backward,
         "step": step,
-        "conclude_batch": lambda *_: None,
+        "log_step": lambda *_: None,
         "log": lambda *_, **__: None,
     }
     for name, function in instead.items():

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from var_exp.experiment.errors import first_cause
-from var_exp.experiment.preflight.images import Balance, Looked
-from var_exp.experiment.preflight.resources import Devices, Needs, Parameters
+from var_exp.experiment.preflight.images import Balance, ImageScan
+from var_exp.experiment.preflight.resources import Devices, MemoryEstimate, Parameters
 from var_exp.io.text import amount
 from var_exp.training.fit import StageSchedule
 
@@ -26,7 +26,7 @@ def network_rows(parameters: dict[str, Parameters]) -> dict[str, str]:
 
 
 def schedule_rows(
-    schedule: StageSchedule, devices: Devices, micro_batch: int | None, num_images: int | None
+    schedule: StageSchedule, devices: Devices, micro_batch_size: int | None, num_images: int | None
 ) -> dict[str, str]:
     """Batches, epochs and images seen; how a batch is shared out.
 
@@ -35,7 +35,7 @@ def schedule_rows(
     """
     batch_size, num_batches = schedule.batch_size, schedule.num_batches
     share = batch_size // devices.total
-    size = min(micro_batch or share, share)
+    size = min(micro_batch_size or share, share)
     length = "not known without the images"
     if num_images is not None:
         seen = batch_size * num_batches
@@ -49,7 +49,7 @@ def schedule_rows(
     }
 
 
-def memory_rows(needs: Needs, memory: int | None) -> dict[str, str]:
+def memory_rows(needs: MemoryEstimate, memory: int | None) -> dict[str, str]:
     """What a device holds in training and in validation, and what it is made of."""
     has = "" if memory is None else f" of {amount(memory)}"
     parts = {
@@ -73,7 +73,7 @@ def balance_row(balance: Balance) -> str:
     return f"{fewest:,} ({low}) to {most:,} ({high}) images"
 
 
-def looked_row(looked: Looked) -> str:
+def looked_row(looked: ImageScan) -> str:
     number = len(looked.problems)
     return f"{len(looked.looks):,} of {looked.total:,} looked at, {number:,} of them cannot be used"
 

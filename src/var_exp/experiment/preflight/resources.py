@@ -16,16 +16,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from var_exp.experiment.preflight.rehearsal import rehearse
+from var_exp.io.files import nearest
 from var_exp.io.pretrained import Frozen
 from var_exp.training.module import StageModule, as_list
 
 KEPT = 3  # checkpoints of a stage: last, previous, best; one more while it is written
-
-
-def nearest(folder: Path) -> Path:
-    """The folder itself, or the nearest around it that exists."""
-    folder = folder.absolute()
-    return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 def free_bytes(folder: Path) -> int:
@@ -35,20 +30,6 @@ def free_bytes(folder: Path) -> int:
 def checkpoints_bytes(sizes: list[int]) -> int:
     """Of all checkpoints that are on the disk at once, at most; sizes of one of each stage."""
     return KEPT * sum(sizes) + max(sizes, default=0)
-
-
-def check_writable(folder: Path) -> None:
-    """Raise ValueError where a folder cannot be made or written in."""
-    place = nearest(folder)
-    if not place.is_dir():
-        raise ValueError(
-            f"run_dir: {str(place)!r} is a file, expected a folder; choose another run_dir"
-        )
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"run_dir: no permission to write in {str(place)!r}, where {str(folder)!r} would be; "
-            f"choose another run_dir or runs_dir, or ask for permission"
-        )
 
 
 SHARDED = ("fsdp", "shard", "modelparallel")  # in the name of a strategy
@@ -107,7 +88,7 @@ class Parameters(NamedTuple):
     frozen: int
 
 
-class Needs(NamedTuple):
+class MemoryEstimate(NamedTuple):
     """Bytes.
 
     Of one device: weights of the network in training, its average, moments of the optimizers,
@@ -140,7 +121,7 @@ class Needs(NamedTuple):
     def validation(self) -> int:
         return self.steady + self.sampling + self.whole
 
-    def shared(self, devices: Devices) -> "Needs":
+    def shared(self, devices: Devices) -> "MemoryEstimate":
         """Of each of these devices, where this is of one that is alone."""
         n = devices.shards
         gradients = self.gradients // n + (self.gradients if devices.buckets else 0)
@@ -174,7 +155,7 @@ def ready(module: StageModule) -> StageModule:
     return module
 
 
-def needs_of(
+def estimate_memory(
     module: StageModule,
     *,
     image_shape: Sequence[int],
@@ -183,7 +164,7 @@ def needs_of(
     samples: int,
     precision: str,
     accelerator: str,
-) -> Needs:
+) -> MemoryEstimate:
     """What a stage needs on one device that is alone.
 
     Args:
@@ -195,11 +176,11 @@ def needs_of(
     optimizers = as_list(module.configure_optimizers())
     trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     weights, gradients = size_of([module.network]), bytes_of(trained)
-    average = size_of([getattr(module, module.average_name)]) if module.average_decay > 0 else 0
+    average = size_of([getattr(module, module.average_name)]) if module.ema_decay > 0 else 0
     rehearsed = rehearse(module, image_shape, share, num_batches, precision, accelerator)
     moments = sum(moments_of(optimizer) for optimizer in optimizers)
     others = size_of([module]) - weights - average + size_of(hidden_networks(module))
-    return Needs(
+    return MemoryEstimate(
         weights=weights,
         average=average,
         moments=moments,

@@ -11,15 +11,15 @@ from var_exp.experiment import build
 from var_exp.experiment.preflight.report import Findings, memory_rows, network_rows, schedule_rows
 from var_exp.experiment.preflight.resources import (
     Devices,
-    Needs,
-    check_writable,
+    MemoryEstimate,
     device_memory,
+    estimate_memory,
     free_bytes,
-    needs_of,
     parameters_of,
     ready,
 )
 from var_exp.experiment.run import Run
+from var_exp.io.files import check_writable
 from var_exp.io.text import amount, table
 from var_exp.tokenizer import VQVAE
 from var_exp.training import fit
@@ -36,7 +36,7 @@ def check_stages(
     devices: Devices,
     failed: Collection[str],
     found: Findings,
-) -> dict[str, Needs]:
+) -> dict[str, MemoryEstimate]:
     """Build, check and measure all stages that can be, and print what they take.
 
     Args:
@@ -80,7 +80,7 @@ def check_stage(
     devices: Devices,
     module: StageModule,
     found: Findings,
-) -> Needs | None:
+) -> MemoryEstimate | None:
     """One stage, and the table of what it takes; None where its batches are wrong."""
     num_images = None if source.train is None else len(source.train)
     # Without images the lengths of a schedule in epochs are meaningless, and all else is as it is.
@@ -103,9 +103,9 @@ def check_stage(
         return None
     trained = ready(module)
     rows = network_rows(parameters_of(trained))
-    rows |= schedule_rows(schedule, devices, module.micro_batch, num_images)
+    rows |= schedule_rows(schedule, devices, module.micro_batch_size, num_images)
     needs = found.attempt(
-        needs_of,
+        estimate_memory,
         trained,
         image_shape=(source.channels, *source.image_size),
         share=schedule.batch_size // devices.total,
@@ -130,7 +130,7 @@ def check_tokens(
     data = ImageDataModule(source, cfg.seed)
     cache = build.encoding(cfg, data, tokenizer, run).cache(is_pretrained=False)
     found.attempt(cache.check)
-    found.attempt(check_writable, cache.folder)
+    found.attempt(check_writable, cache.folder, "tokens.dir")
     free = free_bytes(cache.folder)
     rows = {
         "images": cache.sizes,
@@ -142,9 +142,11 @@ def check_tokens(
     print(table("stage tokens", rows), end="\n\n", flush=True)
 
 
-def check_memory(module: StageModule, needs: Needs, memory: int | None, found: Findings) -> None:
-    key = f"model.{module.stage}.module.micro_batch"
-    now = module.micro_batch or "the whole share of a device"
+def check_memory(
+    module: StageModule, needs: MemoryEstimate, memory: int | None, found: Findings
+) -> None:
+    key = f"model.{module.stage}.micro_batch_size"
+    now = module.micro_batch_size or "the whole share of a device"
     for work, takes, remedy in (
         ("a training step", needs.training, f"lower {key}, now {now}"),
         ("validation", needs.validation, "lower evaluation.batch_size"),

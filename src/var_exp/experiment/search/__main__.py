@@ -1,7 +1,7 @@
 """Search for the best values of options: Optuna proposes, train.py runs, a final figure decides.
 
     python -m var_exp.experiment.search 20 FOLDER objective=var/loss \\
-        'model.var.module.optimizer.lr=tag(log, interval(1e-4, 1e-2))' transformer.depth=2,4
+        'model.var.optimizer.lr=tag(log, interval(1e-4, 1e-2))' transformer.depth=2,4
 
 The options are overrides of train.py. Those with several values, in Hydra's words `interval(a, b)`,
 `int(interval(a, b))`, `range(a, b, step)`, `choice(a, b)` or `a,b`, are searched over;
@@ -10,11 +10,11 @@ that fails is left out. The same command goes on: with the run that was interrup
 new values.
 """
 
-from var_exp.distributed.signals import RESUMABLE, Interrupted, Interruption, leave
+from var_exp.distributed.signals import RESUMABLE, Interrupted, SignalHandler, leave
 
-interruption = Interruption()
+signal_handler = SignalHandler()
 if __name__ == "__main__":
-    interruption.install()  # before the slow imports: a signal may come while they last
+    signal_handler.install()  # before the slow imports: a signal may come while they last
 
 import argparse
 import math
@@ -53,7 +53,7 @@ def search(study: optuna.Study, options: Options, folder: Path, num_trials: int,
         SystemExit: with 85, where the run was interrupted.
     """
     while True:
-        interruption.stop_if_noted()
+        signal_handler.raise_if_received()
         begun = [t for t in study.get_trials() if t.state == TrialState.RUNNING]
         over = [t for t in study.get_trials() if t.state.is_finished()]
         if not begun and len(over) >= num_trials:
@@ -69,7 +69,7 @@ def search(study: optuna.Study, options: Options, folder: Path, num_trials: int,
         with locked(place, option="FOLDER"):
             pass
         code = run([*options.fixed, *as_overrides(trial)], place)
-        if code == RESUMABLE or code and interruption.noted:
+        if code == RESUMABLE or code and signal_handler.received:
             sys.exit(RESUMABLE)
         value = read_metrics(place / "metrics.json").figures.get(options.objective, math.nan)
         if code == 0 and not math.isnan(value):
@@ -105,10 +105,10 @@ def train(overrides: Sequence[str], run_dir: Path) -> int:
     told = False
     with subprocess.Popen(command) as process:
         while process.poll() is None:
-            if interruption.noted and not told:
+            if signal_handler.received and not told:
                 # A terminal sends its Ctrl-C to both, and after a second one a run does not save.
-                keyboard = interruption.noted == signal.SIGINT
-                process.send_signal(signal.SIGTERM if keyboard else interruption.noted)
+                keyboard = signal_handler.received == signal.SIGINT
+                process.send_signal(signal.SIGTERM if keyboard else signal_handler.received)
                 told = True
             time.sleep(0.1)
     return process.returncode
@@ -188,4 +188,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(RESUMABLE)
     finally:
-        interruption.finish()
+        signal_handler.finish()

@@ -46,7 +46,7 @@ def parse(overrides: Sequence[str]) -> Options:
     if not searched:
         raise ValueError(
             "search: nothing to search over; expected an override with several values, such as "
-            "'model.var.module.optimizer.lr=tag(log, interval(1e-4, 1e-2))'"
+            "'model.var.optimizer.lr=tag(log, interval(1e-4, 1e-2))'"
         )
     times = Counter((override.key_or_group, override.package) for override in parsed)
     for override in searched:

@@ -19,12 +19,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from var_exp.checkpoint.checkpoint import read_checkpoint, write_checkpoint
-from var_exp.distributed.collectives import common_batches, max_over_ranks
-from var_exp.distributed.signals import Interrupted, Interruption
+from var_exp.distributed.collectives import all_reduce_max, common_batches
+from var_exp.distributed.signals import Interrupted, SignalHandler
 from var_exp.training.resume import BEST, LAST, PREVIOUS
 
 
-class SealedFiles(CheckpointIO):
+class ChecksummedFiles(CheckpointIO):
     """Reads and writes whole, sealed files; one that cannot be written is no error.
 
     `failed` says whether the last one could not.
@@ -79,10 +79,10 @@ class Checkpoints(Checkpoint):
         folder: Path,
         monitor: str,
         mode: str,
-        interruption: Interruption,
+        signal_handler: SignalHandler,
         save_every: int | None = None,
     ):
-        self.folder, self.monitor, self.interruption = folder, monitor, interruption
+        self.folder, self.monitor, self.signal_handler = folder, monitor, signal_handler
         self.sign = {"min": -1, "max": 1}[mode]
         self.save_every = save_every
         self.best: float | None = None  # the figure of best.ckpt
@@ -122,7 +122,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         self.note_due(trainer)
-        self.stop_if_asked(trainer)
+        self.stop_if_requested(trainer)
         at = self.save_every and batches_done(trainer) % self.save_every == 0
         if at and not self.validation_due:
             self.save(trainer, LAST)
@@ -139,12 +139,12 @@ class Checkpoints(Checkpoint):
         data = trainer.datamodule
         common = common_batches(len(data.source.val), data.val_batch_size)
         if trainer.state.fn == "fit" and i < common:
-            self.stop_if_asked(trainer)
+            self.stop_if_requested(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn != "fit":
             return
-        self.stop_if_asked(trainer)
+        self.stop_if_requested(trainer)
         self.validation_due, self.loops = False, {}
         score, before = trainer.callback_metrics[self.monitor].item(), (self.best, self.best_batch)
         if self.best is None or self.sign * score > self.sign * self.best:
@@ -153,9 +153,9 @@ class Checkpoints(Checkpoint):
                 self.best, self.best_batch = before
         self.save(trainer, LAST)
 
-    def stop_if_asked(self, trainer: L.Trainer) -> None:
+    def stop_if_requested(self, trainer: L.Trainer) -> None:
         """Save and raise Interrupted in all processes, where one of them was sent a signal."""
-        number = max_over_ranks(self.interruption.noted or 0, trainer.strategy.root_device)
+        number = all_reduce_max(self.signal_handler.received or 0, trainer.strategy.root_device)
         if number:
             saved = self.save(trainer, LAST)
             raise Interrupted(number, saved)
@@ -169,7 +169,7 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(self.folder / name)
         # Only the first process writes, and all must agree on what is the best.
         failed = int(trainer.strategy.checkpoint_io.failed)
-        written = not max_over_ranks(failed, trainer.strategy.root_device)
+        written = not all_reduce_max(failed, trainer.strategy.root_device)
         if written and name == BEST:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(self)

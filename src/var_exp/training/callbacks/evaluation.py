@@ -6,8 +6,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from pydantic import PositiveInt
 from torch import nn
 
+from var_exp.configurable import VocabSize, checked
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.training.loggers.guarded import log_picture, log_scalars
 from var_exp.training.module import StageModule
@@ -72,11 +74,11 @@ class EvaluationCallback(Callback):
         if self.evaluated_at == step(trainer) + 1:
             return
 
-        def stop_if_asked() -> None:
-            trainer.checkpoint_callback.stop_if_asked(trainer)
+        def stop_if_requested() -> None:
+            trainer.checkpoint_callback.stop_if_requested(trainer)
 
-        stop_if_asked()  # pictures do not look at signals
-        self.evaluator.on_batch = stop_if_asked
+        stop_if_requested()  # pictures do not look at signals
+        self.evaluator.on_batch = stop_if_requested
         with module.whole():
             self.evaluate(trainer, module)
         self.evaluator.on_batch = lambda: None
@@ -121,7 +123,8 @@ def step(trainer: L.Trainer) -> int:
 class ReconstructionPictures(EvaluationCallback):
     """Fixed validation images beside their reconstruction after each scale."""
 
-    def __init__(self, evaluator: Evaluator, num_images: int = 12, **interval: int | None):
+    @checked
+    def __init__(self, evaluator: Evaluator, num_images: PositiveInt = 12, **interval: int | None):
         super().__init__(evaluator, **interval)
         self.num_images = num_images
 
@@ -134,7 +137,10 @@ class ReconstructionPictures(EvaluationCallback):
 class SamplePictures(EvaluationCallback):
     """A grid of samples by class, and the strip of what each scale adds."""
 
-    def __init__(self, evaluator: Evaluator, num_per_class: int = 4, **interval: int | None):
+    @checked
+    def __init__(
+        self, evaluator: Evaluator, num_per_class: PositiveInt = 4, **interval: int | None
+    ):
         super().__init__(evaluator, **interval)
         self.num_per_class = num_per_class
 
@@ -156,10 +162,11 @@ class Scores(EvaluationCallback):
         interval: every_n_batches, every_n_epochs.
     """
 
+    @checked
     def __init__(
         self,
         evaluator: Evaluator,
-        num_images: int | None,
+        num_images: VocabSize | None,
         both_weights: bool = True,
         **interval: int | None,
     ):
@@ -168,7 +175,7 @@ class Scores(EvaluationCallback):
 
     def evaluate(self, trainer: L.Trainer, module: StageModule) -> None:
         figures = {}  # of both, or an interruption between them would log the first ones twice
-        for suffix, network in module.both.items():
+        for suffix, network in module.weight_variants.items():
             if suffix == "" or self.both_weights:
                 found = self.score(network, module)
                 figures |= {f"{name}{suffix}": value for name, value in found.items()}

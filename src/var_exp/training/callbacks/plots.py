@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from var_exp.report import write_report
 from var_exp.training.callbacks.evaluation import log_figures, step
-from var_exp.training.loggers.guarded import Attempts, log_picture
+from var_exp.training.loggers.guarded import ReportOnce, log_picture
 from var_exp.training.module import StageModule
 from var_exp.visualization.images import save_png
 from var_exp.visualization.panels import Band
@@ -22,7 +22,7 @@ class History(Callback):
 
     def __init__(self) -> None:
         self.history: dict[str, list[tuple[int, float]]] = {}
-        self.attempt = Attempts("plots of metrics", "they may be missing in the run folder")
+        self.attempt = ReportOnce("plots of metrics", "they may be missing in the run folder")
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}
@@ -93,7 +93,7 @@ class Report(Callback):
     """Refresh the run folder's `report.html` after each validation."""
 
     def __init__(self) -> None:
-        self.attempt = Attempts("report.html", "the page may not be of the last validation")
+        self.attempt = ReportOnce("report.html", "the page may not be of the last validation")
 
     def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
         if trainer.state.fn == "fit" and trainer.is_global_zero:

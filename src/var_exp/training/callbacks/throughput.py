@@ -31,8 +31,7 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from var_exp.distributed.collectives import world_size
-from var_exp.ops import onednn
-from var_exp.ops.linear import linear
+from var_exp.ops.linear import ONEDNN_LINEAR, linear
 from var_exp.training.loggers.guarded import log_scalars
 from var_exp.training.module import StageModule
 
@@ -41,40 +40,21 @@ LONG_ENOUGH = 0.01  # seconds of a product, beside which starting and timing it 
 SECONDS = 0.2  # for the repetitions, of which the best counts: others may share the machine
 
 
-def attention(query, key, value, *_, out_shape=None, **__) -> int:
-    return flop_counter.sdpa_flop_count(query, key, value)
-
-
-def attention_backward(gradient, query, key, value, *_, out_shape=None, **__) -> int:
-    return flop_counter.sdpa_backward_flop_count(gradient, query, key, value)
+# -- floating-point operations --------------------------------------------------------------
 
 
 def linear_layer(x, weight, *_, out_shape=None, **__) -> int:
     return 2 * prod(x) * weight[0]
 
 
-def convolution(x, kernel, *_, out_shape=None, **__) -> int:
-    return 2 * prod(out_shape) * prod(kernel[1:])
-
-
-def pairs(query, key, *_, out_shape=None, **__) -> int:
-    return 2 * prod(query) * key[-2]
-
-
 # What CPUs compute by operators that torch's own table leaves out.
-LAYERS = {
-    onednn.LINEAR: linear_layer,
-    onednn.CONVOLUTION: convolution,
-    torch.ops.var_exp.products: pairs,
-}
-LAYERS.pop(None, None)  # of operators that this torch does not have
-ON_CPU = LAYERS | {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-}
-FORMULAS: dict[Any, Callable[..., int]] = flop_counter.flop_registry | {
-    operator: flop_counter.shape_wrapper(formula) for operator, formula in ON_CPU.items()
-}
+FORMULAS: dict[Any, Callable[..., int]] = dict(flop_counter.flop_registry)
+if ONEDNN_LINEAR is not None:
+    FORMULAS[ONEDNN_LINEAR] = flop_counter.shape_wrapper(linear_layer)
+attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+FORMULAS[attention] = flop_counter.sdpa_flop
+FORMULAS[attention_backward] = flop_counter.sdpa_backward_flop
 
 
 class FlopCounter(TorchDispatchMode):
@@ -82,15 +62,25 @@ class FlopCounter(TorchDispatchMode):
 
     Torch's own `FlopCounterMode` takes composed operators apart, which rounds gradients
     differently. The formulas are torch's: matrix products, convolutions and attention, a
-    multiplication and an addition being two.
+    multiplication and an addition being two. What else would be compiled runs eagerly meanwhile,
+    FlexAttention too, since the operators within a compiled kernel are not seen.
     """
 
+    supports_higher_order_operators = True  # FlexAttention is one
     flops = 0
+
+    def __enter__(self):
+        self.stance = torch.compiler.set_stance("force_eager")
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.stance.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = FORMULAS.get(func._overloadpacket)
+        formula = FORMULAS.get(getattr(func, "_overloadpacket", func))
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
         return out
@@ -112,51 +102,58 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         Operations a second, counted as by `FlopCounter`.
     """
     side = SMALLEST
-    seconds = time_product(*factors(side, device, dtype))
+    product = timed_product(side, device, dtype)
+    seconds = product()
     while seconds < LONG_ENOUGH and side < LARGEST:
         side *= 2
-        pair = factors(side, device, dtype)
-        time_product(*pair)  # the first of a size may also choose how to compute it
-        seconds = time_product(*pair)
-    pair = factors(side, device, dtype)
+        product = timed_product(side, device, dtype)
+        product()  # the first of a size may also choose how to compute it
+        seconds = product()
     end = time.perf_counter() + SECONDS
     while time.perf_counter() < end:
-        seconds = min(seconds, time_product(*pair))
+        seconds = min(seconds, product())
     return 2 * side**3 / seconds
 
 
-def factors(side: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def timed_product(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[], float]:
+    """A function that computes a product of random matrices and returns its seconds."""
     generator = torch.Generator(device).manual_seed(0)
-    return tuple(
-        torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2)
-    )
+    a, b = torch.randn(2, side, side, generator=generator, device=device).to(dtype)
 
+    def product() -> float:
+        wait_for(device)
+        start = time.perf_counter()
+        linear(a, b)
+        wait_for(device)
+        return time.perf_counter() - start
 
-def time_product(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Seconds of a matrix product, until it is done."""
-    wait_for(a.device)
-    start = time.perf_counter()
-    linear(a, b)
-    wait_for(a.device)
-    return time.perf_counter() - start
+    return product
 
 
 def wait_for(device: torch.device) -> None:
-    """Until an accelerator has done what it was given."""
+    """Wait until an accelerator has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
-class Monitor(Callback):
+# -- the monitor ----------------------------------------------------------------------------
+
+
+class ThroughputMonitor(Callback):
     """Log `speed/...` at the trainer's logging interval.
 
-    Stands before callbacks that evaluate, or their time would be that of a batch.
+    Stands before callbacks that evaluate, or their time would be that of a batch. Lightning's
+    callback of this name does not serve: it waits for a GPU after every batch, counts evaluations
+    and checkpoints as training, divides by peaks from a table that has no CPU, and cannot leave
+    out the slow batch whose operations are counted.
     """
+
+    state_key = "Monitor"  # in checkpoints
 
     def __init__(self) -> None:
         self.flops: dict[str, int] = {}  # operations of a batch in one process, by `workload`
         self.counter: FlopCounter | None = None
-        self.watched: Profiler | None = None
+        self.fetches: DataWaitProfiler | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"flops": self.flops, "processes": world_size()}
@@ -165,26 +162,17 @@ class Monitor(Callback):
         if state["processes"] == world_size():
             self.flops = state["flops"]
 
-    # -- watching -------------------------------------------------------------------------
-
     def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
         self.first, self.since = 0, 0.0  # the first batch in `hours_left`, and when it began
         self.reset()
         if trainer.is_global_zero:
             dtype = torch.bfloat16 if "bf16" in trainer.precision else torch.float32
             self.peak = peak_flops(module.device, dtype)
-            self.watched = trainer.profiler
-            trainer.profiler = FetchWatch(self.watched, self.on_ask, self.on_fetched)
+            self.fetches = trainer.profiler = DataWaitProfiler(trainer.profiler)
 
     def reset(self) -> None:
         """Begin the sums of an interval."""
         self.batches, self.busy, self.waited, self.work = 0, 0.0, 0.0, 0
-
-    def on_ask(self) -> None:
-        self.asked = time.perf_counter()
-
-    def on_fetched(self) -> None:
-        self.fetched = time.perf_counter()
 
     def on_train_batch_start(self, trainer: L.Trainer, module: StageModule, *_) -> None:
         if trainer.is_global_zero and module.workload not in self.flops:
@@ -200,14 +188,14 @@ class Monitor(Callback):
             self.stop_counting()
         else:
             self.batches += 1
-            self.busy += now - self.asked
-            self.waited += self.fetched - self.asked
+            self.busy += now - self.fetches.started
+            self.waited += self.fetches.stopped - self.fetches.started
             self.work += self.flops[module.workload]
         if not self.since:
             self.first, self.since = module.batch + 1, now
         if self.batches and module.is_logged:
-            figures = self.figures(trainer, module, now)
-            named = {f"speed/{name}": value for name, value in figures.items()}
+            metrics = self.metrics(trainer, module, now)
+            named = {f"speed/{name}": value for name, value in metrics.items()}
             log_scalars(trainer, named, module.batch)
             self.reset()
 
@@ -217,55 +205,51 @@ class Monitor(Callback):
             self.counter = None
 
     def on_train_end(self, trainer: L.Trainer, module: StageModule) -> None:
-        if self.watched is not None:
-            trainer.profiler, self.watched = self.watched, None
+        if self.fetches is not None:
+            trainer.profiler, self.fetches = self.fetches.profiler, None
 
     def on_exception(self, trainer: L.Trainer, module: StageModule, *_) -> None:
         self.stop_counting()
         self.on_train_end(trainer, module)
 
-    # -- figures --------------------------------------------------------------------------
-
-    def figures(self, trainer: L.Trainer, module: StageModule, now: float) -> dict[str, float]:
+    def metrics(self, trainer: L.Trainer, module: StageModule, now: float) -> dict[str, float]:
         """Of the interval that ends now."""
         data = trainer.datamodule
-        figures = {
+        metrics = {
             "images_per_second": data.batch_size * self.batches / self.busy,
             "data_wait": self.waited / self.busy,
             "memory_gb": resident_bytes() / 1e9,
         }
         if module.device.type != "cpu":
             device = torch.get_device_module(module.device)
-            figures["device_memory_gb"] = device.max_memory_allocated(module.device) / 1e9
+            metrics["device_memory_gb"] = device.max_memory_allocated(module.device) / 1e9
         if self.work:
-            figures["tflops"] = self.work / self.busy / 1e12
-            figures["share_of_peak"] = self.work / self.busy / self.peak
+            metrics["tflops"] = self.work / self.busy / 1e12
+            metrics["share_of_peak"] = self.work / self.busy / self.peak
         done = module.batch + 1 - self.first
         if done:
             left = data.num_batches - module.batch - 1
-            figures["hours_left"] = (now - self.since) / done * left / 3600
-        return figures
+            metrics["hours_left"] = (now - self.since) / done * left / 3600
+        return metrics
 
 
-class FetchWatch(Profiler):
-    """Another profiler, watched for when the loop asks for a batch and when it has it."""
+class DataWaitProfiler(Profiler):
+    """Wrap another profiler, and note when the loop asks for its next batch and when it has it."""
 
     FETCH = "[_TrainingEpochLoop].train_dataloader_next"
 
-    def __init__(
-        self, profiler: Profiler, on_ask: Callable[[], None], on_fetched: Callable[[], None]
-    ):
+    def __init__(self, profiler: Profiler):
         super().__init__()
-        self.profiler, self.on_ask, self.on_fetched = profiler, on_ask, on_fetched
+        self.profiler = profiler
 
     def start(self, action_name: str) -> None:
         self.profiler.start(action_name)
         if action_name == self.FETCH:
-            self.on_ask()
+            self.started = time.perf_counter()
 
     def stop(self, action_name: str) -> None:
         if action_name == self.FETCH:
-            self.on_fetched()
+            self.stopped = time.perf_counter()
         self.profiler.stop(action_name)
 
     def summary(self) -> str:

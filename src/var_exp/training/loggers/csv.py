@@ -13,7 +13,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from var_exp.io.files import replacing
+from var_exp.io.files import atomic_write
 from var_exp.visualization.images import save_png
 
 
@@ -65,7 +65,7 @@ class MetricsFile:
         if self.path.exists():
             with open(self.path, newline="") as file:
                 rows = list(csv.DictReader(file))
-        with replacing(self.path) as unfinished, open(unfinished, "w", newline="") as file:
+        with atomic_write(self.path) as unfinished, open(unfinished, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)

@@ -3,7 +3,7 @@
 Each of ours takes scalars by Lightning's `log_metrics`, and pictures by
 `log_image(key, images, step)`, the signature of Lightning's own W&B logger. Names are `train/...`,
 `val/...` and `speed/...`; a step is the number of a batch. In training every logger stands
-behind `Guarded`, which lets none of them end a run. The one for W&B is in `wandb_logger.py`.
+behind `FaultTolerantLogger`, which lets none of them end a run.
 """
 
 import sys
@@ -32,7 +32,7 @@ def log_picture(trainer: Trainer, key: str, picture: np.ndarray, step: int) -> N
         logger.log_image(key, [picture], step=step)
 
 
-class Attempts:
+class ReportOnce:
     """Actions whose failures do not end a run: reported once, tried again quietly.
 
     A full disk may have room again and a network may come back, hence the further attempts.
@@ -66,8 +66,8 @@ class Attempts:
         )
 
 
-class Guarded(Logger):
-    """A logger whose failures do not end a run, see `Attempts`.
+class FaultTolerantLogger(Logger):
+    """A logger whose failures do not end a run, see `ReportOnce`.
 
     A logger that could not even be made stays away.
 
@@ -80,7 +80,7 @@ class Guarded(Logger):
         super().__init__()
         self._save_dir, self._version = save_dir, version
         self._title = getattr(make, "func", make).__name__
-        self._attempt = Attempts(
+        self._attempt = ReportOnce(
             f"logger: {self._title}", "what it should have logged may be missing there"
         )
         self.logger: Logger | None = None

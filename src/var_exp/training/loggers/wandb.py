@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from var_exp.io.files import replacing
+from var_exp.io.files import atomic_write
 
 SECONDS_TO_CONNECT = 30
 SECONDS_TO_UPLOAD = 600  # at the end of a stage; what is left is on the disk, for `wandb sync`
@@ -155,6 +155,6 @@ def kept_id(path: Path) -> str:
     if path.exists():
         return path.read_text().strip()
     made = secrets.token_hex(4)
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text(made + "\n")
     return made
