@@ -86,10 +86,10 @@ def reference_of(
         **seen_by(network, source.image_size, source.crop),
     }
     device = network.device if device is None else torch.device(device)
-    path = cache and Path(cache) / f"{_key(about)}.npz"
-    found = path and _kept(path, about)
-    if _everyone(found is not None, device):
-        return found
+    path = Path(cache) / f"{_key(about)}.npz" if cache else None
+    kept = None if path is None else _kept(path, about)
+    if _everyone(kept is not None, device) and kept is not None:
+        return kept
 
     def load(numbers: list[int]) -> Tensor:
         images = [source.val_transform(dataset[chosen[i]][0]) for i in numbers]

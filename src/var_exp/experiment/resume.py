@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from var_exp.distributed.launch import is_started_again, name_of_start
 from var_exp.experiment.config.overrides import with_current_names
+from var_exp.experiment.config.plain import plain
 from var_exp.experiment.errors import first_cause
 from var_exp.io.environment import environment
 from var_exp.io.files import atomic_write
@@ -72,7 +73,7 @@ class Change(NamedTuple):
 def changes(was: Any, now: Any, key: str = "") -> Iterator[Change]:
     """Where two trees of plain data differ."""
     if isinstance(was, Mapping) and isinstance(now, Mapping):
-        for name in was | now:
+        for name in {**was, **now}:
             before = was.get(name, MISSING)
             yield from changes(before, now.get(name), f"{key}.{name}" if key else str(name))
     elif was != now and (was, now) != (MISSING, None):
@@ -161,7 +162,7 @@ def read_record(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     path = run_dir / ".hydra" / "config.yaml"
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        config = plain(OmegaConf.load(path))
         return with_current_names(config), json.loads((run_dir / "environment.json").read_text())
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise ValueError(
