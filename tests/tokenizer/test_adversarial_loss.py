@@ -61,7 +61,8 @@ def test_neither_a_share_nor_a_number_of_batches_is_refused(name, value):
     ("name", "value"), [("weight", -1), ("max_weight", float("nan")), ("lecam", "a"), ("loss", "w")]
 )
 def test_other_arguments_out_of_range_are_refused(name, value):
-    with pytest.raises(ValueError, match=rf"(AdversarialLoss|adversary): {name}(:| must be) .*, got "):
+    owner = "(AdversarialLoss|adversary)"
+    with pytest.raises(ValueError, match=rf"{owner}: {name}(:| must be) .*, got "):
         AdversarialLoss(discriminator(), **{name: value})
 
 
