@@ -80,6 +80,14 @@ def moved_modules() -> set[str]:
     return set(re.findall(r"`python -m ([\w.]+)` -> ", changelog))
 
 
+def test_every_module_that_the_changelog_names_exists():
+    table = (ROOT / "CHANGELOG.md").read_text().partition("Moved modules")[2].partition("###")[0]
+    rows = re.findall(r"^\| `.*\| (`.*`.*) \|$", table, re.M)
+    modules = [name for row in rows for name in re.findall(r"`([\w.]+)`", row)]
+    assert len(modules) > 20
+    assert not [name for name in modules if importlib.util.find_spec(f"var_exp.{name}") is None]
+
+
 @pytest.mark.parametrize("page", ["python.md"])
 def test_the_python_runs_from_the_first_block_to_the_last(page, workplace):
     known = {}
