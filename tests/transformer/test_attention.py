@@ -178,3 +178,21 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(module(x, to_all), module(x, to_all))
     module.train()
     assert not torch.equal(module(x, to_all), module(x, to_all))
+
+
+def test_under_autocast_queries_and_keys_are_normalised_in_float32():
+    vectors = {}
+
+    def attend(q, k, v, scale, dropout):
+        vectors[module.log_scale is None] = q, k
+        return to_all(q, k, v, scale, dropout)
+
+    module, x = attention(qk_norm=True), torch.randn(8, 6, WIDTH)
+    module.log_scale.data.zero_()
+    with torch.autocast("cpu", torch.bfloat16):
+        module(x, attend)
+        module.log_scale = None
+        module(x, attend)
+    for ours, raw in zip(vectors[False], vectors[True], strict=True):
+        expected = raw.double() / raw.double().norm(dim=-1, keepdim=True)
+        assert (ours == expected.bfloat16()).float().mean() > 0.99

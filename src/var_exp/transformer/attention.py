@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from var_exp.ops.attention import Attend
 from var_exp.ops.linear import Linear, linear
-from var_exp.ops.qk_norm import unit_vectors
 from var_exp.transformer.rope import rotate
 
 
@@ -129,10 +128,16 @@ class SelfAttention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, n, E)
         if self.log_scale is not None:
             scale = self.log_scale.clamp(max=self.MAX_LOG_SCALE).exp()
-            q, k = unit_vectors(q, scale), unit_vectors(k)
+            q = F.normalize(upcast(q), dim=-1) * scale
+            k = F.normalize(upcast(k), dim=-1)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         rate = self.dropout if self.training else 0.0
         out = attend(q.to(v.dtype), k.to(v.dtype), v, self.scale, rate)  # (B, H, n, E)
         out = self.proj(out.transpose(1, 2).reshape(b, n, c))  # (B, n, C)
         return F.dropout(out, rate, self.training)
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in float32 at least, whatever autocast computes in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

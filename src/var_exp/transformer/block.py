@@ -223,10 +223,7 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """x + gate * branch, in one pass where no gradient would keep the branch in x's precision."""
-    if torch.is_grad_enabled():
-        return x + gate * branch
-    return torch.addcmul(x, gate, branch)
+    return x + gate * branch
 
 
 def scale_gates(six: Tensor, gate_init: float) -> None:
