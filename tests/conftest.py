@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.command import TINY, Finished, run_for_real
+from helpers.command import TINY, Finished
+from helpers.programs import run_forked
 from helpers.published import tokenizer_state, transformer_state
 from helpers.tiny import tiny_tokenizer, tiny_transformer
 from var_exp.data import Digits
@@ -52,7 +53,7 @@ def digits() -> Digits:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     """Where `python train.py` ran, small, on the digits, and what it said."""
     place = tmp_path_factory.mktemp("finished")
-    done = run_for_real("train", *TINY, cwd=place)
+    done = run_forked("train", *TINY, cwd=place, rendering=True)
     assert done.code == 0, done.err
     return place, done
 
@@ -61,6 +62,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
 def trained(finished: tuple[Path, Finished]) -> Path:
     """The run folder of `finished`; to be read, not written."""
     return (finished[0] / "runs" / "latest").resolve()
+
+
+@pytest.fixture(scope="session")
+def classifier(trained: Path) -> Path:
+    """A file of the digits' feature network, which takes long to train."""
+    return trained / "evaluation" / "classifier.pt"
 
 
 @pytest.fixture

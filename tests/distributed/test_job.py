@@ -3,15 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
-from helpers.command import ROOT, run
-from helpers.programs import children
+from helpers.command import run
+from helpers.programs import Forked, children
 from helpers.sample_sets import draw, left_in
 
 # In 13 batches, which two processes cannot share evenly, the last of them smaller.
@@ -27,36 +25,32 @@ def whole(trained, tmp_path_factory):
 
 
 @pytest.fixture
-def start(trained, tmp_path, monkeypatch):
+def start(trained, tmp_path):
     """Start sample.py on `out`, in a process; it is ended with the test."""
     started = []
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def begin(*options):
         folders = [f"ckpt={trained}", f"out_dir={tmp_path}/out", f"runs_dir={tmp_path}/runs"]
-        command = [sys.executable, str(ROOT / "sample.py"), *folders, *options]
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, cwd=tmp_path, **pipes))
+        started.append(Forked("sample.py", *folders, *options, cwd=tmp_path))
         return started[-1]
 
     yield begin
     for process in started:
         process.kill()
-        process.communicate()
+        process.end()
 
 
 def wait_for(process, folder, pattern):
     """Until a file is there."""
     while not list(folder.glob(pattern)):
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.read()
         time.sleep(0.001)
 
 
 def end(process):
     """The exit code, and what was said."""
-    _, said = process.communicate(timeout=300)
-    return process.returncode, said
+    done = process.end(timeout=300)
+    return done.code, done.err
 
 
 def test_a_set_whose_process_is_killed_ends_as_an_uninterrupted_one(
@@ -85,13 +79,13 @@ def test_a_folder_is_one_processs_until_it_is_killed(whole, start, trained, tmp_
 def test_a_set_whose_process_is_told_to_stop_says_that_it_goes_on(whole, start, trained, tmp_path):
     process = start(*SCORED)
     wait_for(process, tmp_path / "out", "000003.png")
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     code, said = end(process)
     assert code == 85 and "stopped by SIGTERM; the same command goes on" in said
     assert draw(trained, tmp_path / "out", *SCORED) == whole
 
 
-@pytest.mark.parametrize("told", ["the first", "the other"])
+@pytest.mark.parametrize("told", [pytest.param("the first", marks=pytest.mark.slow), "the other"])
 def test_two_processes_of_which_one_is_told_to_stop_end_with_85_and_go_on(
     told, whole, start, tmp_path
 ):

@@ -1,5 +1,6 @@
 """A run that is told to stop stops in order, says so, and goes on as if nothing had happened."""
 
+import functools
 import os
 import re
 import resource
@@ -152,13 +153,27 @@ def test_a_run_in_a_folder_that_is_in_use_is_refused_in_one_line(holder, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The run folders of runs that nobody stopped, of one process and of two."""
+def start(classifier):
+    """Start a run in a folder, or go on with it."""
+    return functools.partial(Program, classifier=classifier)
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """The run folder of a run that nobody stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    for name, more in (("one", []), ("two", TWO)):
-        code, said = Program(folder / name, *LONG, *more).end()
-        assert code == 0, said
-    return folder
+    code, said = start(folder, *LONG).end()
+    assert code == 0, said
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(start, tmp_path_factory):
+    """The same of two processes."""
+    folder = tmp_path_factory.mktemp("whole_of_two")
+    code, said = start(folder, *LONG, *TWO).end()
+    assert code == 0, said
+    return folder / "run"
 
 
 def assert_like(run_dir, whole):
@@ -173,9 +188,9 @@ def assert_like(run_dir, whole):
     ids=lambda value: getattr(value, "name", value),
 )
 def test_a_signal_at_any_time_ends_the_program_with_85_and_it_goes_on_exactly(
-    number, where, whole, tmp_path
+    number, where, whole, start, tmp_path
 ):
-    program = Program(tmp_path, *LONG)
+    program = start(tmp_path, *LONG)
     if where == "imports":
         program.wait_until_signals_are_in_hand()
     else:
@@ -186,19 +201,19 @@ def test_a_signal_at_any_time_ends_the_program_with_85_and_it_goes_on_exactly(
     assert f"stopped by {number.name}; to go on: python train.py " in said
     assert " run_dir=run\n" in said
     assert "Traceback" not in said
-    code, said = Program(tmp_path, *LONG).end()
+    code, said = start(tmp_path, *LONG).end()
     assert code == 0, said
-    assert_like(tmp_path / "run", whole / "one" / "run")
+    assert_like(tmp_path / "run", whole)
 
 
-def test_a_killed_program_goes_on_exactly(whole, tmp_path):
-    program = Program(tmp_path, *LONG)
+def test_a_killed_program_goes_on_exactly(whole, start, tmp_path):
+    program = start(tmp_path, *LONG)
     program.wait_for("tokenizer: batch 1[2-9]")
     program.process.kill()
     program.end()
-    code, said = Program(tmp_path, *LONG).end()
+    code, said = start(tmp_path, *LONG).end()
     assert code == 0, said
-    assert_like(tmp_path / "run", whole / "one" / "run")
+    assert_like(tmp_path / "run", whole)
 
 
 slow = pytest.mark.slow  # each takes three whole runs
@@ -207,8 +222,10 @@ slow = pytest.mark.slow  # each takes three whole runs
 @pytest.mark.parametrize(
     "to", [pytest.param("all", marks=slow), pytest.param("the first", marks=slow), "the other"]
 )
-def test_two_processes_stop_after_the_same_batch_and_go_on_exactly(to, whole, tmp_path):
-    program = Program(tmp_path, *LONG, *TWO)
+def test_two_processes_stop_after_the_same_batch_and_go_on_exactly(
+    to, whole_of_two, start, tmp_path
+):
+    program = start(tmp_path, *LONG, *TWO)
     program.wait_for("tokenizer: batch 1[2-9]")
     (child,) = program.children()
     for pid in {"all": [program.process.pid, child], "the other": [child]}.get(
@@ -218,14 +235,17 @@ def test_two_processes_stop_after_the_same_batch_and_go_on_exactly(to, whole, tm
     code, said = program.end()
     assert code == RESUMABLE and "Traceback" not in said, said
     assert said.count("stopped by SIGTERM") == 1
-    code, said = Program(tmp_path, *LONG, *TWO).end()
+    code, said = start(tmp_path, *LONG, *TWO).end()
     assert code == 0, said
-    assert_like(tmp_path / "run", whole / "two" / "run")
+    assert_like(tmp_path / "run", whole_of_two)
 
 
-@pytest.mark.parametrize("victim", [pytest.param("the first", marks=slow), "the other"])
-def test_where_one_process_dies_the_others_stop_and_the_run_goes_on(victim, whole, tmp_path):
-    program = Program(tmp_path, *LONG, *TWO)
+@slow
+@pytest.mark.parametrize("victim", ["the first", "the other"])
+def test_where_one_process_dies_the_others_stop_and_the_run_goes_on(
+    victim, whole_of_two, start, tmp_path
+):
+    program = start(tmp_path, *LONG, *TWO)
     program.wait_for("tokenizer: batch 1[2-9]")
     (child,) = program.children()
     os.kill({"the first": program.process.pid, "the other": child}[victim], signal.SIGKILL)
@@ -236,13 +256,16 @@ def test_where_one_process_dies_the_others_stop_and_the_run_goes_on(victim, whol
     while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not os.path.exists(f"/proc/{child}")
-    code, said = Program(tmp_path, *LONG, *TWO).end()
+    code, said = start(tmp_path, *LONG, *TWO).end()
     assert code == 0, said
-    assert_like(tmp_path / "run", whole / "two" / "run")
+    assert_like(tmp_path / "run", whole_of_two)
 
 
-def test_two_processes_train_on_while_nothing_can_be_saved_and_say_so_once(whole, tmp_path):
-    program = Program(tmp_path, *LONG, *TWO)
+@slow
+def test_two_processes_train_on_while_nothing_can_be_saved_and_say_so_once(
+    whole_of_two, start, tmp_path
+):
+    program = start(tmp_path, *LONG, *TWO)
     program.wait_for("tokenizer: batch [1-9]")
     pid, (soft, hard) = program.process.pid, resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (50_000, hard))  # checkpoints are larger
@@ -253,7 +276,7 @@ def test_two_processes_train_on_while_nothing_can_be_saved_and_say_so_once(whole
     assert code == 0, said
     assert len(re.findall("checkpoint: .* could not be written", said)) == 1, said
     for stage in ("tokenizer", "var"):
-        assert_equal(weights(tmp_path / "run", stage), weights(whole / "two" / "run", stage))
+        assert_equal(weights(tmp_path / "run", stage), weights(whole_of_two, stage))
 
 
 # -- what changed meanwhile -----------------------------------------------------------------

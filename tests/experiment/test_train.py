@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 import train
-from helpers.command import QUICK, composed_with_hydra, files, run, run_for_real
+from helpers.command import QUICK, composed_with_hydra, files, run
+from helpers.programs import run_forked
 from var_exp.checkpoint.checkpoint import load_networks
 from var_exp.training import VARModule
 
@@ -317,7 +318,7 @@ def test_a_sweep_runs_every_point_into_a_folder_of_its_own(trained, tmp_path):
     for point in "01":
         with_classifier(tmp_path / "sweep" / point, trained)
     options = ["stages=[tokenizer]", "hydra.sweep.dir=sweep", *QUICK]
-    done = run_for_real("train", "--multirun", "seed=0,1", *options, cwd=tmp_path)
+    done = run_forked("train", "--multirun", "seed=0,1", *options, cwd=tmp_path)
     assert done.code == 0, done.err
     results = [timeless(tmp_path / "sweep" / point) for point in "01"]
     assert results[0].keys() == results[1].keys() and results[0] != results[1]

@@ -12,7 +12,7 @@ from var_exp.ops import memory as allocation
 
 PROGRAM = """
 import resource, sys, torch
-from var_exp import allocation
+from var_exp.ops import memory as allocation
 
 held = [getattr(allocation, name)() for name in sys.argv[1:]]
 counts = []
