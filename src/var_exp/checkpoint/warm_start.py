@@ -2,7 +2,7 @@
 
 Whatever the two have in common is copied exactly. A transformer may be for another number of
 classes or another schedule than its source, a tokenizer for another schedule: what belongs to a
-class is made anew, and what belongs to a place in the token maps is resized, as vision
+class is made again, and what belongs to a place in the token maps is resized, as vision
 transformers are for other image sizes (Dosovitskiy et al., arXiv 2010.11929, section 3.2).
 
     K scales, (h_k, w_k) sides of scale k, n tokens, C width

@@ -63,7 +63,7 @@ def reference_of(
         part: "train" or "val".
         limit: how many images at most, drawn evenly; None for all.
         batch_size: images that the network sees at once.
-        cache: a folder; a file in it that is damaged is made anew. None keeps nothing.
+        cache: a folder; a file in it that is damaged is made again. None keeps nothing.
         device: where the network computes, and stays; None for where it is.
         on_batch: see `features_of`.
 
@@ -148,7 +148,7 @@ def _kept(path: Path, about: dict[str, Any]) -> Reference | None:
         reason = "is of something else"
     except NpzError as error:
         reason = str(error)
-    _warn(f"evaluation: {path} {reason}; it is made anew")
+    _warn(f"evaluation: {path} {reason}; it is made again")
     return None
 
 

@@ -161,7 +161,7 @@ def _ours(path: Path, expected: dict[str, Any]) -> Reference:
     reference = load_reference(path)
     for key, value in expected.items():
         if (given := reference.about.get(key)) != value:
-            advice = "make it anew, or give none for images of the data set"
+            advice = "make it again, or give none for images of the data set"
             raise _refusal(path, f"was made with {key} = {given}, expected {value}", advice)
     _check_shapes(path, reference.mu, reference.sigma, expected["num_features"])
     return reference._replace(indices=None)  # they may be of another data set
@@ -173,11 +173,11 @@ def _given(path: Path, num_features: int) -> tuple[np.ndarray, np.ndarray]:
     _check_shapes(path, mu, sigma, num_features)
     if not all(x.dtype.kind == "f" and np.isfinite(x).all() for x in (mu, sigma)):
         given = f"has mu and sigma of {mu.dtype} and {sigma.dtype} that are not all finite numbers"
-        raise _refusal(path, given, "make it anew")
+        raise _refusal(path, given, "make it again")
     off = np.abs(sigma - sigma.T).max(initial=0.0) > 1e-3 * np.abs(sigma).max(initial=0.0)
     if off or (np.diagonal(sigma) < 0).any():
         given = "has a sigma that is no covariance: not symmetric, or with a variance below 0"
-        raise _refusal(path, given, "make it anew")
+        raise _refusal(path, given, "make it again")
     return mu.astype(np.float64), sigma.astype(np.float64)
 
 

@@ -63,7 +63,7 @@ class BaseCodebook(nn.Module):
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew; called for each scale's own copy."""
+        """Draw the parameters again; called for each scale's own copy."""
 
     def nearest(self, z: Tensor) -> Tensor:
         """Index of the code of each vector: (N, D) -> (N,) int64, without gradient."""

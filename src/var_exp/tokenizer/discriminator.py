@@ -153,7 +153,7 @@ class SpectralNorm(nn.Module):
 
     torch's own follows the singular vectors by one power iteration at each forward, so a weight
     would depend on how many micro-batches went before. This one has no memory: it finds them
-    anew, by squaring the Gram matrix. As there, they are constants to the gradient.
+    again, by squaring the Gram matrix. As there, they are constants to the gradient.
     """
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -281,7 +281,7 @@ def check_stage(
             raise ValueError(
                 f"resume: the run was started with {name} {value}, now it is {ours[name]}; its "
                 f"schedules and images depend on it: keep it, or start in a new run "
-                f"folder (run_dir=...), or anew (resume=never)"
+                f"folder (run_dir=...), or start over (resume=never)"
             )
     return found
 

@@ -115,7 +115,7 @@ class ShardImages(EncodedImages):
         if zlib.crc32(data) != self.checksum[number]:
             raise ValueError(
                 f"the image '{self.name_of(number)}' is not the one that was indexed: its shard is "
-                "damaged, or was changed since (copy it anew; or data.on_bad_image=skip)"
+                "damaged, or was changed since (copy it again; or data.on_bad_image=skip)"
             )
         return decode(io.BytesIO(data), self.name_of(number), self.mode)
 

@@ -103,7 +103,7 @@ def scan_shard(path: Path) -> Scanned:
     except (tarfile.TarError, ValueError) as error:
         raise ValueError(
             f"shard '{path}' is cut short, damaged, or holds no samples ({error}): make or copy "
-            "it anew"
+            "it again"
         ) from None
     rows = {name: np.array(values, dtype=ROW[name]) for name, values in found.items()}
     return Scanned(path.stat().st_size, rows)
@@ -215,15 +215,15 @@ def read_index(root: Path) -> ShardIndex:
         whole = about["format"] == FORMAT and len({len(row) for row in rows.values()}) == 1
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"'{path}' is damaged ({reason}): {remedy} writes it anew") from None
+        raise ValueError(f"'{path}' is damaged ({reason}): {remedy} writes it again") from None
     if not whole:
-        raise ValueError(f"'{path}' is of another format: {remedy} writes it anew")
+        raise ValueError(f"'{path}' is of another format: {remedy} writes it again")
     for shard, size in zip(index.shards, index.sizes, strict=True):
         there = root / shard
         found = there.stat().st_size if there.is_file() else None
         if found != size:
             raise ValueError(
                 f"shard '{there}' {'is missing' if found is None else f'has {found:,} bytes'}, "
-                f"expected {size:,}: copy it anew, or, if it was changed on purpose, {remedy}"
+                f"expected {size:,}: copy it again, or, if it was changed on purpose, {remedy}"
             )
     return index

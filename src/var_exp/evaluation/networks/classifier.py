@@ -157,7 +157,7 @@ def _load(path: Path, source, seed: int) -> ClassifierFeatures:
         about, weights = saved["about"], saved["state_dict"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"evaluation: {path} is not a classifier of var-exp; delete it and it is trained anew"
+            f"evaluation: {path} is not a classifier of var-exp; delete it and it is trained again"
         ) from error
     for key, expected in _describe(source, seed).items():
         if about.get(key) != expected:

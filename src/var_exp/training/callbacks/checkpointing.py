@@ -197,4 +197,4 @@ def validate(trainer: L.Trainer) -> None:
     trainer.training = True
 
 
-# -- beginning anew, or going on --------------------------------------------------------------
+# -- starting over, or resuming --------------------------------------------------------------
