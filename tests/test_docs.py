@@ -80,6 +80,14 @@ def moved_modules() -> set[str]:
     return set(re.findall(r"`python -m ([\w.]+)` -> ", changelog))
 
 
+def test_every_module_that_the_changelog_names_exists():
+    table = (ROOT / "CHANGELOG.md").read_text().partition("Moved modules")[2].partition("###")[0]
+    rows = re.findall(r"^\| `.*\| (`.*`.*) \|$", table, re.M)
+    modules = [name for row in rows for name in re.findall(r"`([\w.]+)`", row)]
+    assert len(modules) > 20
+    assert not [name for name in modules if importlib.util.find_spec(f"var_exp.{name}") is None]
+
+
 @pytest.mark.parametrize("page", ["python.md"])
 def test_the_python_runs_from_the_first_block_to_the_last(page, workplace):
     known = {}
@@ -151,6 +159,11 @@ def sections(path) -> set[str]:
 def test_paths_in_the_text_exist(path):
     quoted = set(re.findall(r"`((?:src|conf|tests|docs|benchmarks)/[\w/.]+)`", path.read_text()))
     quoted -= set(named_files(path))
+    if path.name == "speed.md":  # its tables name files of the package
+        files = re.findall(
+            r"`((?:ops|tokenizer|transformer|sampling|data)/[\w/.]+)`", path.read_text()
+        )
+        quoted |= {f"src/var_exp/{name}" for name in files}
     assert not [name for name in quoted if not (ROOT / name).exists()]
 
 

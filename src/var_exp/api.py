@@ -8,6 +8,7 @@ next token map in the other's language.
 
 from collections.abc import Sequence
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ def build_tokenizer(
             f"tokenizer: image size / last scale must be a power of two up to "
             f"{2 ** (len(MULTIPLIERS) - 1)}, got {stride} (image_size, scales)"
         )
-    sizes = {
+    sizes: dict[str, Any] = {
         "code_dim": embed_dim,
         "width": width,
         "multipliers": MULTIPLIERS[: power + 1],
@@ -182,10 +183,10 @@ def next_scale_prediction(
     Raises:
         ValueError: a scale out of range, too few tokens, or a label out of range.
     """
-    if isinstance(tokenizer, tuple):
-        tokenizer = tokenizer[0]
-    check_fit(model, tokenizer)
-    quantizer, schedule = tokenizer.quantizer, model.schedule
+    owner = tokenizer[0] if isinstance(tokenizer, tuple) else tokenizer
+    whole = owner if isinstance(owner, VQVAE) else owner.tokenizer
+    check_fit(model, whole)
+    quantizer, schedule = whole.quantizer, model.schedule
     if not 0 <= scale_idx < schedule.num_scales:
         raise ValueError(
             f"scale_idx: expected 0..{schedule.num_scales - 1} for {schedule}, got {scale_idx}"

@@ -16,7 +16,7 @@ import importlib
 import inspect
 import typing
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 from annotated_types import Ge, Le, Lt
@@ -61,16 +61,18 @@ EXPECTED = {
     "string_pattern_mismatch": "a word like {pattern}",
     "value_error": "{error}",
 }
-Init = TypeVar("Init", bound=Callable[..., None])
+P = ParamSpec("P")
+R = TypeVar("R")
+C = TypeVar("C", bound=type)
 
 _REGISTERED: dict[str, type] = {}
 # Arguments of earlier versions, and what they are called now.
 _RENAMED = {"scale_drop": "quantizer_dropout", "scale_drop_from": "quantizer_dropout_from"}
 
 
-def register_config(cls: type) -> type:
+def register_config(cls: C) -> C:
     """Class decorator: store the constructor's arguments as plain data in `self.config`."""
-    init = cls.__init__
+    init = cls.__init__  # type: ignore[misc]  # of the class itself, not of an instance
     target = f"{cls.__module__}.{cls.__qualname__}"
     signature = inspect.signature(init)
 
@@ -84,7 +86,7 @@ def register_config(cls: type) -> type:
         if type(self) is cls:
             self.config = config
 
-    cls.__init__ = wrapped
+    cls.__init__ = wrapped  # type: ignore[misc]
     _REGISTERED[target] = cls
     return cls
 
@@ -135,7 +137,7 @@ def _plain(value: Any) -> Any:
 # -- ranges of arguments ------------------------------------------------------------------
 
 
-def checked(init: Init) -> Init:
+def checked(init: Callable[P, R]) -> Callable[P, R]:
     """Decorator of a constructor or function: check the arguments whose annotations name a range.
 
     Raises:
@@ -147,7 +149,7 @@ def checked(init: Init) -> Init:
     owner = init.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(init)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         given = signature.bind_partial(*args, **kwargs).arguments
         for name in given.keys() & ranges.keys():
             check_value(f"{owner}: {name}", given[name], ranges[name])

@@ -277,7 +277,7 @@ def test_a_missing_or_cut_shard_is_named(copy):
     shard = copy / "train-000002.tar"
     content = shard.read_bytes()
     shard.write_bytes(content[:-700])
-    refused(copy, r"train-000002\.tar' has [\d,]+ bytes, expected [\d,]+: copy it anew")
+    refused(copy, r"train-000002\.tar' has [\d,]+ bytes, expected [\d,]+: copy it again")
     shard.unlink()
     refused(copy, r"train-000002\.tar' is missing")
 

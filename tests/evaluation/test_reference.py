@@ -185,7 +185,7 @@ def test_a_file_that_cannot_be_believed_is_made_anew(damage, tmp_path):
     else:
         path.write_bytes({"cut": content[:-200], "empty": b"", "text": b"no zip"}[damage])
     network = projection()
-    with pytest.warns(UserWarning, match="made anew") as warned:
+    with pytest.warns(UserWarning, match="made again") as warned:
         assert_same(reference_of(network, Images(), "train", cache=tmp_path), first)
     assert len(warned) == 1 and "\n" not in str(warned[0].message)
     assert network.seen == NUM_IMAGES

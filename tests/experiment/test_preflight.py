@@ -157,7 +157,7 @@ def test_values_out_of_range_are_all_named_before_anything_else_is_looked_at(tmp
         *("sampling.top_p=2", "model.var.class_dropout_prob=2"),
     )
     (line,) = done.err.splitlines()
-    for named in ("evaluation.num_samples: ", "sampling.top_p: ", "module.class_dropout_prob: "):
+    for named in ("evaluation.num_samples: ", "sampling.top_p: ", "var.class_dropout_prob: "):
         assert named in line and done.code == 1
 
 
@@ -173,8 +173,8 @@ def test_values_out_of_range_are_all_named_before_anything_else_is_looked_at(tmp
         (["model.var.num_batches=0"], ["model.var", "num_batches", "0"]),
         (["model.var.batch_size=0"], ["model.var", "batch_size", "0"]),
         (["model.var.epochs=2"], ["model.var", "num_batches or epochs"]),
-        (["trainer.devices=3"], ["model.var", "batch of 16", "3 devices x 1", "15 or 18"]),
-        (["trainer.devices=8", "trainer.num_nodes=4"], ["model.var", "16", "8 devices x 4", "32"]),
+        (["trainer.devices=3"], ["model.var", "batch of 16", "3 processes", "15 or 18"]),
+        (["trainer.devices=8", "trainer.num_nodes=4"], ["model.var", "32 processes", "to 32"]),
         (["trainer.devices=none"], ["trainer.devices", "'none'"]),
         (["data=mnist", "data.root=nowhere"], ["mnist", "nowhere/MNIST/raw"]),
         (FOLDER, ["image_folder", "data.root=DIR"]),

@@ -1,4 +1,4 @@
-"""What may differ when a run goes on, and when a job that began anew goes on instead."""
+"""What may differ when a run goes on, and when a job that started over goes on instead."""
 
 import pytest
 

@@ -189,7 +189,7 @@ def test_all_wrong_values_are_named_at_once_and_not_what_is_taken_from_them():
         ("evaluation.network={_target_:builtins.dict}", ["evaluation.network"]),
         ("evaluation.network={_target_:var_exp.data.Digits}", ["evaluation.network"]),
         ("evaluation.scores.seed=-1", ["evaluation.scores.seed", "-1"]),
-        ("model.tokenizer.loss={_target_:nowhere.at}", ["module.loss", "nowhere.at"]),
+        ("model.tokenizer.loss={_target_:nowhere.at}", ["tokenizer.loss", "nowhere.at"]),
         ("~callbacks.tokenizer.scores.num_images", ["callbacks.tokenizer.scores", "'num_images'"]),
         ("callbacks.var.scores.every_n_batches=-1", ["callbacks.var.scores.every_n_batches", "-1"]),
         ("evaluation.every_n_epochs=0", ["evaluation.every_n_epochs", "0"]),

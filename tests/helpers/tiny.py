@@ -1,7 +1,7 @@
 """Tiny networks with weights that make every part of them matter, and the variants to try.
 
 A fresh transformer hardly differs from a constant (its gates start near zero), which would hide
-mistakes: `stir` draws its parameters anew.
+mistakes: `stir` draws its parameters again.
 """
 
 from itertools import product

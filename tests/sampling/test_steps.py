@@ -1,4 +1,4 @@
-"""From scale to scale nothing is computed, copied or taken anew that is already there."""
+"""From scale to scale nothing is computed, copied or taken again that is already there."""
 
 import pytest
 import torch

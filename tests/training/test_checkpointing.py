@@ -153,7 +153,7 @@ def test_where_all_checkpoints_are_damaged_the_stage_refuses_to_begin_again(digi
     interrupted("var", digits, tmp_path, 7)
     truncate(tmp_path / "var" / LAST)
     flip(tmp_path / "var" / PREVIOUS)
-    with pytest.raises(ValueError, match=r"last.ckpt.*previous.ckpt.*resume=never starts anew"):
+    with pytest.raises(ValueError, match=r"last.ckpt.*previous.ckpt.*resume=never starts over"):
         run("var", digits, tmp_path)
 
 

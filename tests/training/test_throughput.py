@@ -71,7 +71,7 @@ def known_peak(monkeypatch):
 
 
 def changes_of(stage):
-    """Batches whose amount of work changes, so that operations are counted anew."""
+    """Batches whose amount of work changes, so that operations are counted again."""
     if stage == "var":
         return {"progressive": ProgressiveScales(first=1)}
     torch.manual_seed(1)

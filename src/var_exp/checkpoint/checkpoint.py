@@ -6,13 +6,14 @@ names of the classes. So a file alone is a complete generator, and loads with
 `weights_only=True`: nothing in it can run code.
 """
 
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from var_exp.configurable import build, with_current_names
 from var_exp.io.files import atomic_write, read_tensors, sync, verify_checksum, write_checksum
@@ -36,7 +37,7 @@ class Networks(NamedTuple):
 
 
 def describe(
-    stage: str, networks: dict[str, nn.Module], class_names: list[str], weights: str = "averaged"
+    stage: str, networks: dict[str, Any], class_names: list[str], weights: str = "averaged"
 ) -> dict:
     """The plain data that a checkpoint carries about its networks.
 
@@ -55,7 +56,7 @@ def describe(
     }
 
 
-def find_checkpoint(path: str | Path, stages: Sequence[str] = ("var", "tokenizer")) -> Path:
+def find_checkpoint(path: str | os.PathLike, stages: Sequence[str] = ("var", "tokenizer")) -> Path:
     """The best checkpoint of a run folder (or of a stage's folder), or the file itself.
 
     Raises:
@@ -75,7 +76,9 @@ def find_checkpoint(path: str | Path, stages: Sequence[str] = ("var", "tokenizer
     )
 
 
-def write_checkpoint(content: dict[str, Any], path: str | Path, keep: Path | None = None) -> None:
+def write_checkpoint(
+    content: dict[str, Any], path: str | os.PathLike, keep: Path | None = None
+) -> None:
     """Write a checkpoint that verifies itself, whole or not at all, and on the disk at the end.
 
     Args:
@@ -95,7 +98,7 @@ def write_checkpoint(content: dict[str, Any], path: str | Path, keep: Path | Non
     sync(path.parent)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Load one of our checkpoints on the CPU, as plain data and tensors only.
 
     Raises:
@@ -132,7 +135,7 @@ def check_weights(weights: str | None) -> None:
         raise ValueError(f"weights: expected averaged, raw or null, got {weights!r} (weights)")
 
 
-def load_networks(path: str | Path, weights: str | None = None) -> Networks:
+def load_networks(path: str | os.PathLike, weights: str | None = None) -> Networks:
     """Build and fill the networks of a checkpoint, in evaluation mode, on the CPU.
 
     Args:

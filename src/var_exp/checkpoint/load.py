@@ -10,7 +10,7 @@ Which of these a path is shows in what lies there, not in how it is called.
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from var_exp.checkpoint.checkpoint import KEY, check_weights, find_checkpoint, load_networks
 from var_exp.checkpoint.official import find_official, load_official, read_official
@@ -20,8 +20,11 @@ from var_exp.scales import Side
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
 
+Tokenizer = TypeVar("Tokenizer", bound=VQVAE | None)
+Transformer = TypeVar("Transformer", bound=VAR | None)
 
-class Found(NamedTuple):
+
+class Found(NamedTuple, Generic[Tokenizer, Transformer]):
     """What a path holds; None for the network that it does not.
 
     class_names: of the transformer's classes, "0", "1", ... where nothing says them.
@@ -29,11 +32,14 @@ class Found(NamedTuple):
     weights: which they are: "averaged" or "raw", "exported" or "published" where nothing says.
     """
 
-    tokenizer: VQVAE | None
-    transformer: VAR | None
+    tokenizer: Tokenizer
+    transformer: Transformer
     class_names: tuple[str, ...]
     path: Path
     weights: str
+
+
+AnyFound = Found[VQVAE | None, VAR | None]
 
 
 def read_networks(
@@ -43,7 +49,7 @@ def read_networks(
     patch_nums: Sequence[Side] | None = None,
     stages: Sequence[str] = ("var", "tokenizer"),
     key: str = "ckpt",
-) -> Found:
+) -> AnyFound:
     """Read the networks of a path, whatever holds them, in evaluation mode, on the CPU.
 
     Args:
@@ -67,16 +73,15 @@ def read_networks(
 
 def _read(
     path: Path, weights: str | None, patch_nums: Sequence[Side] | None, stages: Sequence[str]
-) -> Found:
+) -> AnyFound:
     if not path.exists():
         raise ValueError(
             f"checkpoint: no checkpoint at {str(path)!r}; expected a run folder, a .ckpt of "
             f"train.py, a portable folder or a published .pth"
         )
     if (path / CONFIG).is_file():
-        pipeline = VARPipeline.from_pretrained(path)
-        networks = pipeline.tokenizer, pipeline.transformer
-        return _found(path, *networks, pipeline.class_names, "exported")
+        held = VARPipeline.from_pretrained(path)
+        return _found(path, held.tokenizer, held.transformer, held.class_names, "exported")
     path = find_checkpoint(path, stages)
     if _is_ours(path):
         networks = load_networks(path, weights)
@@ -111,7 +116,7 @@ def read_tokenizer(
         ValueError: no place is given, or there is no tokenizer; as `read_networks`.
     """
     needs = "'stages=[var]' needs a trained tokenizer; set tokenizer_ckpt=PATH to what has one"
-    key, path = next(((key, path) for key, path in places.items() if path), (None, None))
+    key, path = next(((key, path) for key, path in places.items() if path), ("", None))
     if path is None:
         raise ValueError(f"tokenizer_ckpt: {needs}")
     held = read_networks(path, patch_nums=patch_nums, stages=("tokenizer", "var"), key=key)
@@ -120,7 +125,7 @@ def read_tokenizer(
     return held.tokenizer
 
 
-def read_published(name: str, folder: str | os.PathLike) -> Found:
+def read_published(name: str, folder: str | os.PathLike) -> AnyFound:
     """A published model by its name, fetched into the folder where it is not there.
 
     Raises:
@@ -137,7 +142,7 @@ def _found(
     transformer: VAR | None,
     class_names: Sequence[str] = (),
     weights: str = "published",
-) -> Found:
+) -> AnyFound:
     num_classes = 0 if transformer is None else transformer.num_classes
     if len(class_names) != num_classes:
         class_names = [str(label) for label in range(num_classes)]

@@ -16,12 +16,12 @@ import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from var_exp.checkpoint.checkpoint import load_networks
 from var_exp.configurable import build
@@ -34,7 +34,8 @@ from var_exp.transformer import VAR
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-NETWORKS = {"transformer": VAR, "tokenizer": VQVAE}
+NETWORKS = ("transformer", "tokenizer")
+Network = TypeVar("Network", VAR, VQVAE)
 
 
 class VARPipeline:
@@ -158,8 +159,9 @@ class VARPipeline:
         """
         folder = Path(folder)
         config = _read_config(folder / CONFIG)
-        networks = {name: _read_network(folder, name, config) for name in NETWORKS}
-        return cls(**networks, class_names=config.get("class_names", ()))
+        transformer = _read_network(folder, "transformer", VAR, config)
+        tokenizer = _read_network(folder, "tokenizer", VQVAE, config)
+        return cls(transformer, tokenizer, config.get("class_names", ()))
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike, weights: str | None = None) -> "VARPipeline":
@@ -195,7 +197,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_network(folder: Path, name: str, config: dict[str, Any]) -> nn.Module:
+def _read_network(folder: Path, name: str, kind: type[Network], config: dict[str, Any]) -> Network:
     path = folder / name / WEIGHTS
     if not path.is_file():
         raise ValueError(f"pipeline: {str(path)!r} is missing; the folder is not whole")
@@ -209,9 +211,9 @@ def _read_network(folder: Path, name: str, config: dict[str, Any]) -> nn.Module:
         raise ValueError(
             f"pipeline: {str(path)!r} does not fit {str(folder / CONFIG)!r} ({reason})"
         ) from None
-    if not isinstance(network, NETWORKS[name]):
+    if not isinstance(network, kind):
         raise ValueError(
             f"pipeline: {str(folder / CONFIG)!r} has a {type(network).__name__} as its {name}, "
-            f"expected a {NETWORKS[name].__name__}"
+            f"expected a {kind.__name__}"
         )
     return network.eval().requires_grad_(False)

@@ -2,7 +2,7 @@
 
 Whatever the two have in common is copied exactly. A transformer may be for another number of
 classes or another schedule than its source, a tokenizer for another schedule: what belongs to a
-class is made anew, and what belongs to a place in the token maps is resized, as vision
+class is made again, and what belongs to a place in the token maps is resized, as vision
 transformers are for other image sizes (Dosovitskiy et al., arXiv 2010.11929, section 3.2).
 
     K scales, (h_k, w_k) sides of scale k, n tokens, C width
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from var_exp.checkpoint.load import Found, read_networks
+from var_exp.checkpoint.load import AnyFound, read_networks
 from var_exp.distributed.rank import is_main_process
 from var_exp.tokenizer import VQVAE, Codebook
 from var_exp.transformer import VAR
@@ -54,9 +54,7 @@ def warm_start_from(
     """
     if path is None:
         return
-    name, start = "tokenizer", warm_start_tokenizer
-    if isinstance(network, VAR):
-        name, start = "transformer", warm_start
+    name = "transformer" if isinstance(network, VAR) else "tokenizer"
     order = sorted(STAGES.values(), key=lambda stage: stage != STAGES[name])
     patch_nums = network.schedule.patch_nums
     found = read_networks(path, patch_nums=patch_nums, stages=order, key="init_from")
@@ -65,14 +63,17 @@ def warm_start_from(
     if source is None:
         return
     try:
-        start(network, source)
+        if isinstance(network, VAR):
+            warm_start(network, source)
+        else:
+            warm_start_tokenizer(network, source)
     except ValueError as error:
         raise ValueError(f"init_from: {str(path)!r}: {error}") from None
     if is_main_process():
         print(f"init_from: the {name} starts from {found.path}")
 
 
-def _check_held(path: str | os.PathLike, found: Found, stages: Sequence[str]) -> None:
+def _check_held(path: str | os.PathLike, found: AnyFound, stages: Sequence[str]) -> None:
     """Raise ValueError unless some network was found that the stages train."""
     held = [name for name in STAGES if getattr(found, name) is not None]
     trained = [name for name, stage in STAGES.items() if stage in stages]
@@ -186,7 +187,7 @@ def _tokenizer_facts(network: VQVAE) -> dict[str, Any]:
 
 def _flat(spec: dict[str, Any], prefix: str) -> dict[str, Any]:
     """The arguments of a spec and of the specs in it under dotted names, without the free ones."""
-    facts = {}
+    facts: dict[str, Any] = {}
     for name, value in spec.items():
         if isinstance(value, dict):
             facts |= _flat(value, f"{prefix}.{name}")

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from var_exp.configurable import Seed, checked
 from var_exp.data.sampler import GlobalBatchSampler
-from var_exp.data.source import Batch, CodeBatch, ImageSource, RawImage, rng_for
+from var_exp.data.source import Batch, CodeBatch, Images, ImageSource, RawImage, rng_for
 from var_exp.data.tokens.cache import TokenCache
 from var_exp.data.tokens.dataset import TrainCodes, ValCodes
 from var_exp.data.workers import AUTO, Workers, number_of_workers
@@ -40,6 +40,9 @@ class ImageDataModule(L.LightningDataModule):
     val_batch_size: images per validation batch of one process
     """
 
+    batch_size: int
+    num_batches: int
+
     @checked
     def __init__(
         self,
@@ -57,8 +60,7 @@ class ImageDataModule(L.LightningDataModule):
         self.pin_memory = pin_memory
         self.prefetch = prefetch
         self.val_batch_size = val_batch_size
-        self.batch_size: int | None = None
-        self.num_batches: int | None = None
+        self.batch_size = self.num_batches = None  # type: ignore[assignment]  # until `plan`
         self.start_batch = 0
         self.codes: TokenCache | None = None  # whole, of this source and this seed
 
@@ -93,9 +95,8 @@ class ImageDataModule(L.LightningDataModule):
             start_batch=self.start_batch,
             order=self.source.order,
         )
-        if self.codes is None:
-            items = TrainItems(self.source, self.seed)
-        else:
+        items: Dataset = TrainItems(self.source, self.seed)
+        if self.codes is not None:
             items = TrainCodes(self.codes, stride_of(self.source))
         return self._loader(items, batch_sampler=sampler)
 
@@ -125,14 +126,14 @@ class ImageDataModule(L.LightningDataModule):
         )
 
     def _num_workers(self) -> int:
-        if self.num_workers != AUTO:
+        if isinstance(self.num_workers, int):
             return self.num_workers
         processes = self.trainer.num_devices if self.trainer else 1
         costly = self.source.costly and self.codes is None
         return number_of_workers(AUTO, processes) if costly else 0
 
     def _pins(self) -> bool:
-        if self.pin_memory != AUTO:
+        if isinstance(self.pin_memory, bool):
             return self.pin_memory
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
@@ -179,7 +180,7 @@ class ShownItems(Dataset):
     def __getitems__(self, keys: list[tuple[int | None, int]]) -> list[tuple[Tensor, int, int]]:
         if keys[0][0] is None:
             return self.val.__getitems__([index for _, index in keys])
-        return self.train.__getitems__(keys)
+        return self.train.__getitems__([(view, i) for view, i in keys if view is not None])
 
 
 def stride_of(source: ImageSource) -> int:
@@ -187,7 +188,7 @@ def stride_of(source: ImageSource) -> int:
     return len(source.train) if source.endless else 0
 
 
-def read(dataset: Dataset, indices: list[int]) -> list[tuple[RawImage, int]]:
+def read(dataset: Images, indices: list[int]) -> list[tuple[RawImage, int]]:
     """The raw items, all at once where the dataset is quicker that way."""
     if hasattr(dataset, "__getitems__"):
         return dataset.__getitems__(indices)

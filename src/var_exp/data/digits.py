@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from sklearn.datasets import load_digits
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from var_exp.configurable import Seed, checked
@@ -19,7 +20,7 @@ NUM_VAL = 360
 WHITE = 16  # the brightest of the 17 levels
 
 
-class Digits(ImageSource):
+class Digits(ImageSource[Tensor]):
     """Handwritten digits, one channel, ten classes, not augmented.
 
     seed: of the split; leave it, or figures of different runs do not compare
@@ -36,5 +37,5 @@ class Digits(ImageSource):
         images = interpolate(images, self.image_size, mode="bilinear")  # (N, 1, H, W)
         images = images.clamp(0, 1).mul(255).round().to(torch.uint8)
         labels = torch.from_numpy(digits.target)
-        train, val = stratified_split(labels, NUM_VAL, self.seed)
+        train, val = stratified_split(digits.target, NUM_VAL, self.seed)
         return TensorImages(images[train], labels[train]), TensorImages(images[val], labels[val])

@@ -28,14 +28,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from var_exp.configurable import Seed, checked
-from var_exp.data.source import ImageSource, RawImage, stratified_split, to_unit_range
+from var_exp.data.source import ImageSource, stratified_split, to_unit_range
 
 RESIZE_RATIO = 1.125
 ON_BAD_IMAGE = ("raise", "skip")
 ValFraction = Annotated[float, Gt(0), Lt(1)]
 
 
-class EncodedSource(ImageSource):
+class EncodedSource(ImageSource[Image.Image]):
     """A set of encoded images; classes are known after `setup`.
 
     val_fraction: share of each class to validate on, where no part is set aside
@@ -47,6 +47,9 @@ class EncodedSource(ImageSource):
     """
 
     costly = True
+    crop: str
+    train: "EncodedImages"
+    val: "EncodedImages"
     #: The option that says where the images are; messages name it.
     place_option = "data.root=DIR"
 
@@ -99,7 +102,9 @@ class EncodedSource(ImageSource):
                 f"{self.expected_classes} ({self.place_option}, data.expected_classes)"
             )
 
-    def set_aside(self, labels: Sequence[int], place: str) -> tuple[list[int], list[int]]:
+    def set_aside(
+        self, labels: Sequence[int] | np.ndarray, place: str
+    ) -> tuple[list[int], list[int]]:
         """-> the numbers of the images (to train on, to validate on), where no one has split."""
         if len(labels) < 2:
             held = "one image" if len(labels) else "no image"
@@ -110,7 +115,7 @@ class EncodedSource(ImageSource):
         num_val = max(1, round(self.val_fraction * len(labels)))
         return stratified_split(labels, num_val, self.seed)
 
-    def train_transform(self, image: RawImage, rng: np.random.Generator) -> Tensor:
+    def train_transform(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         image = resize_to_cover(image, self.image_size)
         height, width = self.image_size
         top = int(rng.integers(image.height - height + 1))
@@ -120,7 +125,7 @@ class EncodedSource(ImageSource):
             image = ImageOps.mirror(image)
         return to_unit_range(image)
 
-    def val_transform(self, image: RawImage) -> Tensor:
+    def val_transform(self, image: Image.Image) -> Tensor:
         return to_unit_range(CROPS[self.crop](image, self.image_size))
 
 

@@ -42,6 +42,7 @@ class HuggingFace(EncodedSource):
     """
 
     place_option = "data.path=..."
+    path: str
 
     @checked
     def __init__(
@@ -60,7 +61,8 @@ class HuggingFace(EncodedSource):
         **options,
     ):
         super().__init__(name, **options)
-        self.path, self.config, self.revision = path, config, revision
+        self.path = path  # type: ignore[assignment]  # `_check_path` refuses None
+        self.config, self.revision = config, revision
         self.split, self.val_split = split, val_split
         self.image_column, self.label_column = image_column, label_column
         self.streamed, self.shuffle_buffer, self.num_streams = streamed, shuffle_buffer, num_streams
@@ -78,8 +80,8 @@ class HuggingFace(EncodedSource):
         self.class_names = self._class_names(train)
         self.check_classes(self.path)
         if self.val_split is None:
-            parts = self.set_aside(train.labels, self.path)
-            return tuple(train.images(np.asarray(numbers)) for numbers in parts)
+            first, second = self.set_aside(train.labels, self.path)
+            return train.images(np.asarray(first)), train.images(np.asarray(second))
         val = open_part(self.val_split)
         same = train.features.get(self.label_column) == val.features.get(self.label_column)
         if not same or not set(np.unique(val.labels)) <= set(range(max(1, self.num_classes))):
@@ -87,10 +89,10 @@ class HuggingFace(EncodedSource):
                 f"{self.name}: the labels of the split {self.val_split!r} of '{self.path}' are not "
                 f"those of {self.split!r} (data.val_split)"
             )
-        return tuple(part.images(np.arange(len(part.labels))) for part in (train, val))
+        return train.images(np.arange(len(train.labels))), val.images(np.arange(len(val.labels)))
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        if not self.streamed:
+        if not isinstance(self.train, ParquetImages):
             return super().order(seed, epoch)
         return block_order(self.train.group, self.shuffle_buffer, self.num_streams, seed, epoch)
 

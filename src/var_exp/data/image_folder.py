@@ -26,9 +26,11 @@ class ImageFolder(EncodedSource):
     options: those of `EncodedSource`
     """
 
+    root: str
+
     def __init__(self, root: str | None, name: str = "image_folder", **options):
         super().__init__(name, **options)
-        self.root = root
+        self.root = root  # type: ignore[assignment]  # `prepare` refuses None
 
     def prepare(self) -> None:
         if self.root is None or not Path(self.root).is_dir():

@@ -98,14 +98,11 @@ class Shapes(ImageSource):
                 f"shapes: num_train and num_val must be at least 1, got {num_train} and {num_val} "
                 f"(data.num_train, data.num_val)"
             )
+        # Large shapes take as long to draw as photographs take to decode.
+        self.costly = math.prod(self.image_size) > 64**2
         self.num_train = num_train
         self.num_val = num_val
         self.seed = seed
-
-    @property
-    def costly(self) -> bool:
-        """Large shapes take as long to draw as photographs take to decode."""
-        return math.prod(self.image_size) > 64**2
 
     def load(self) -> tuple["ShapeImages", "ShapeImages"]:
         return (
@@ -150,7 +147,7 @@ class ShapeImages(Dataset):
         size, *place, turn = draws[..., None, None].unbind(dim=1)  #                    (N, 1, 1)
         radius = sum(RADIUS) / 2 + size * (RADIUS[1] - RADIUS[0]) / 2
         angles = [math.radians(MAX_ROTATION * t) for t in turn.flatten().tolist()]
-        turn = [torch.tensor([f(a) for a in angles]).view(-1, 1, 1) for f in (math.cos, math.sin)]
+        turns = [torch.tensor([f(a) for a in angles]).view(-1, 1, 1) for f in (math.cos, math.sin)]
         width, height = (side / min(self.image_size) for side in reversed(self.image_size))
 
         masks = torch.empty(len(labels), *self.image_size)
@@ -159,7 +156,7 @@ class ShapeImages(Dataset):
             shape, rows = SHAPES[name], [row for row, other in enumerate(names) if other == name]
             slack = shape.reach * radius[rows] + MARGIN
             x, y = place[0][rows] * (width / 2 - slack), place[1][rows] * (height / 2 - slack)
-            cos_sin = (turn[0][rows], turn[1][rows])
+            cos_sin = (turns[0][rows], turns[1][rows])
             masks[rows] = coverage(shape, radius[rows], (x, y), cos_sin, self.image_size)
         return masks
 
@@ -248,15 +245,15 @@ def soft_mask(pixels: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
 
 def best_overlap(mask: Tensor, shape: Shape) -> Tensor:
     """mask (B, H, W) -> best intersection over union (B,) with a shape of its place and area."""
-    size = tuple(mask.shape[-2:])
+    size = mask.shape[-2], mask.shape[-1]
     x, y = (axis.to(mask.device) for axis in pixel_centres(size))
     area = mask.sum(dim=(1, 2), keepdim=True).clamp(min=1)  #                   (B, 1, 1)
-    centre = tuple((mask * axis).sum(dim=(1, 2), keepdim=True) / area for axis in (x, y))
+    at_x, at_y = ((mask * axis).sum(dim=(1, 2), keepdim=True) / area for axis in (x, y))
     radius = (area / shape.area).sqrt() / min(size)
     overlaps = []
     for degrees in ANGLES if shape.rotates else [0]:
         angle = math.radians(degrees)
-        ideal = coverage(shape, radius, centre, (math.cos(angle), math.sin(angle)), size)
+        ideal = coverage(shape, radius, (at_x, at_y), (math.cos(angle), math.sin(angle)), size)
         both = torch.minimum(mask, ideal).sum(dim=(1, 2))
         overlaps.append(both / torch.maximum(mask, ideal).sum(dim=(1, 2)).clamp(min=1))
     return torch.stack(overlaps).amax(dim=0)

@@ -13,7 +13,7 @@ Letters: B batch, C channels, (H, W) image size, N images.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -40,9 +40,18 @@ class CodeBatch(NamedTuple):
 
 
 RawImage = Tensor | Image.Image  # uint8 (C, h, w), or PIL
+Raw = TypeVar("Raw", bound=RawImage)
 
 
-class ImageSource:
+class Images(Protocol):
+    """What `load` returns two of: dataset[i] -> (raw image, label)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[RawImage, int]: ...
+
+
+class ImageSource(Generic[Raw]):
     """A set of images with a training and a validation part.
 
     Subclasses implement `load`; they override `prepare` where something must be fetched
@@ -63,6 +72,9 @@ class ImageSource:
     classify: Callable[[Tensor], Tensor] | None = None
     #: How validation images are cut out of larger ones, where they are; figures carry its name.
     crop: str | None = None
+    #: None before `setup`.
+    train: Images
+    val: Images
 
     def __init__(
         self,
@@ -77,8 +89,7 @@ class ImageSource:
         self.image_size = as_size(image_size)
         self.channels = channels
         self.class_names = tuple(class_names)
-        self.train: Dataset | None = None
-        self.val: Dataset | None = None
+        self.train = self.val = None  # type: ignore[assignment]  # until `setup`
 
     @property
     def num_classes(self) -> int:
@@ -108,8 +119,8 @@ class ImageSource:
         if self.train is None:
             self.train, self.val = self.load()
 
-    def load(self) -> tuple[Dataset, Dataset]:
-        """-> (train, val), each with dataset[i] -> (raw image, label)."""
+    def load(self) -> tuple[Images, Images]:
+        """-> (train, val)."""
         raise NotImplementedError
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
@@ -119,11 +130,11 @@ class ImageSource:
         """
         return epoch_order(len(self.train), seed, epoch)
 
-    def train_transform(self, image: RawImage, rng: np.random.Generator) -> Tensor:
+    def train_transform(self, image: Raw, rng: np.random.Generator) -> Tensor:
         """raw image -> (C, H, W) in [-1, 1]; whatever is random about it comes from `rng`."""
         return self.val_transform(image)
 
-    def val_transform(self, image: RawImage) -> Tensor:
+    def val_transform(self, image: Raw) -> Tensor:
         """raw image -> (C, H, W) in [-1, 1], always the same."""
         return to_unit_range(image)
 
@@ -169,7 +180,9 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     return rng_for(seed, epoch).permutation(num_samples)
 
 
-def stratified_split(labels: Sequence[int], num_val: int, seed: int) -> tuple[list, list]:
+def stratified_split(
+    labels: Sequence[int] | np.ndarray, num_val: int, seed: int
+) -> tuple[list, list]:
     """Splits image numbers so that both parts have the classes in the same proportion.
 
     Each class gives its share of `num_val`, remainders going to the classes that lose most

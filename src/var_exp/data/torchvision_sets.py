@@ -8,6 +8,7 @@ Letters: N images, (H, W) image size.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torchvision import datasets
 from var_exp.data.source import ImageSource, TensorImages, to_unit_range
 
 
-class TorchvisionSource(ImageSource):
+class TorchvisionSource(ImageSource[Tensor]):
     """A set of torchvision's with `train=`; subclasses name it and stack its images.
 
     root:     the folder that holds the files, made if need be
@@ -48,7 +49,7 @@ class TorchvisionSource(ImageSource):
     def load(self) -> tuple[TensorImages, TensorImages]:
         return self._split(train=True), self._split(train=False)
 
-    def stack(self, data: np.ndarray | Tensor) -> Tensor:
+    def stack(self, data: Any) -> Tensor:
         """The set's own array -> uint8 (N, C, h, w)."""
         raise NotImplementedError
 

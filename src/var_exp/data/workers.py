@@ -6,13 +6,13 @@ is left for training, the rest load. Whatever the number, batches are the same.
 """
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from annotated_types import Ge, Le
 
 from var_exp.configurable import checked
 
-AUTO = "auto"
+AUTO: Final = "auto"
 MOST = 16  # more seldom help: memory and the disk are the limit by then
 Workers = Literal["auto"] | Annotated[int, Ge(0), Le(256)]
 
@@ -43,6 +43,4 @@ def number_of_workers(asked: Workers, processes: int = 1) -> int:
     Raises:
         ValueError: neither "auto" nor a whole number >= 0.
     """
-    if asked == AUTO:
-        return min(cores_of_process(processes) - 1, MOST)
-    return asked
+    return asked if isinstance(asked, int) else min(cores_of_process(processes) - 1, MOST)

@@ -98,7 +98,8 @@ def process_group(device: torch.device, devices: int, num_nodes: int) -> Iterato
     try:
         yield Processes(fabric.global_rank, fabric.world_size, fabric.device)
     except BaseException:
-        for child in fabric.strategy.launcher.procs:  # who would wait for this one
+        # They would wait for this one; `launch` has just made this launcher.
+        for child in fabric.strategy.launcher.procs:  # type: ignore[union-attr]
             child.kill()
         raise
 

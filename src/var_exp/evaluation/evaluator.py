@@ -152,11 +152,12 @@ class Evaluator:
         """
         device = device_of(tokenizer)
         reference = self.real.held_out(num_images, device)
+        numbers = reference.indices or []  # which those of a source have
         bank, hits = FeatureBank().to(device), FeatureBank().to(device)
-        classifier, rows = self.real.classifier, share(len(reference.indices))
+        classifier, rows = self.real.classifier, share(len(numbers))
         for batch, start in enumerate(range(0, len(rows), self.batch_size)):
             ids = torch.tensor(rows[start : start + self.batch_size])
-            chosen = [reference.indices[i] for i in ids]
+            chosen = [numbers[i] for i in ids]
             images, labels = load(self.source, self.source.val, chosen)
             reconstructed = reconstruct(tokenizer, images)
             bank.update(self.network(reconstructed), ids)
@@ -164,10 +165,10 @@ class Evaluator:
                 classes = [classifier[1](x) for x in (images, reconstructed.mul(2).sub(1))]
                 right = torch.stack([(x == labels).float() for x in classes], dim=1)  # (B, 2)
                 hits.update(Features(right, None), ids)
-            if batch < common_batches(len(reference.indices), self.batch_size):
+            if batch < common_batches(len(numbers), self.batch_size):
                 self.on_batch()
         found = {}
-        if len(reference.indices) > 1:  # of one image there is no distance
+        if len(numbers) > 1:  # of one image there is no distance
             name = "_".join(filter(None, (self.network.name, self.source.crop)))
             only = scores_against(reference, self.score_settings)
             found = scores(bank.compute(), reference, name, self.score_settings, only)
@@ -258,7 +259,7 @@ class Evaluator:
     def reconstruction_picture(self, tokenizer: VQVAE, num_images: int) -> np.ndarray:
         """The first validation images, and what each scale makes of them: uint8 (H, W, 3)."""
         images, _ = load(self.source, self.source.val, range(num_images))
-        reconstructed = reconstruct(tokenizer, images, per_scale=True)
+        reconstructed = reconstruct_per_scale(tokenizer, images)
         return reconstructions(images.add(1).div(2), reconstructed, tokenizer.schedule.sizes)
 
     def neighbour_picture(self, transformer: VAR, tokenizer: VQVAE) -> np.ndarray | None:
@@ -267,7 +268,7 @@ class Evaluator:
         None where the reference is no part of the training images.
         """
         reference = self.real.reference(device_of(tokenizer))
-        if reference.indices is None:
+        if reference.indices is None or reference.features is None:
             return None
         ids = range(min(len(self.classes), 10))
         batches = self.sampler(transformer, tokenizer).batches(ids, self.batch_size)
@@ -289,10 +290,16 @@ def load(source: Any, dataset: Any, indices: Iterable[int]) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def reconstruct(tokenizer: VQVAE, images: Tensor, per_scale: bool = False) -> Tensor | list[Tensor]:
-    """Reconstructions in [0, 1], on the CPU; with `per_scale` those after each scale."""
+def reconstruct(tokenizer: VQVAE, images: Tensor) -> Tensor:
+    """Reconstructions in [0, 1], on the CPU."""
     with evaluating(tokenizer):
         indices = tokenizer.encode(images.to(device_of(tokenizer)))
-        if per_scale:
-            return [x.add(1).div(2).cpu() for x in tokenizer.decode(indices, per_scale=True)]
         return tokenizer.decode(indices).add(1).div(2).cpu()
+
+
+@torch.no_grad()
+def reconstruct_per_scale(tokenizer: VQVAE, images: Tensor) -> list[Tensor]:
+    """Those after each scale."""
+    with evaluating(tokenizer):
+        indices = tokenizer.encode(images.to(device_of(tokenizer)))
+        return [x.add(1).div(2).cpu() for x in tokenizer.decode(indices, per_scale=True)]

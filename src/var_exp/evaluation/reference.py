@@ -63,7 +63,7 @@ def reference_of(
         part: "train" or "val".
         limit: how many images at most, drawn evenly; None for all.
         batch_size: images that the network sees at once.
-        cache: a folder; a file in it that is damaged is made anew. None keeps nothing.
+        cache: a folder; a file in it that is damaged is made again. None keeps nothing.
         device: where the network computes, and stays; None for where it is.
         on_batch: see `features_of`.
 
@@ -86,10 +86,10 @@ def reference_of(
         **seen_by(network, source.image_size, source.crop),
     }
     device = network.device if device is None else torch.device(device)
-    path = cache and Path(cache) / f"{_key(about)}.npz"
-    found = path and _kept(path, about)
-    if _everyone(found is not None, device):
-        return found
+    path = Path(cache) / f"{_key(about)}.npz" if cache else None
+    kept = None if path is None else _kept(path, about)
+    if _everyone(kept is not None, device) and kept is not None:
+        return kept
 
     def load(numbers: list[int]) -> Tensor:
         images = [source.val_transform(dataset[chosen[i]][0]) for i in numbers]
@@ -148,7 +148,7 @@ def _kept(path: Path, about: dict[str, Any]) -> Reference | None:
         reason = "is of something else"
     except NpzError as error:
         reason = str(error)
-    _warn(f"evaluation: {path} {reason}; it is made anew")
+    _warn(f"evaluation: {path} {reason}; it is made again")
     return None
 
 

@@ -55,7 +55,7 @@ def save_reference(reference: Reference, path: str | Path) -> None:
         "about": json.dumps(reference.about),
     }
     with atomic_write(path) as unfinished, unfinished.open("wb") as file:
-        np.savez(file, **{name: x for name, x in arrays.items() if x is not None})
+        npz.write(file, {name: x for name, x in arrays.items() if x is not None})
 
 
 @torch.inference_mode(False)
@@ -127,15 +127,16 @@ def reference_from_file(
         if "about" in names:
             return _ours(path, seen_by(network, image_size, crop))
         given = _given(path, network.num_features) if {"mu", "sigma"} <= names else None
-        if given is None and "arr_0" not in names:
-            raise NpzError(f"holds {', '.join(sorted(names)[:6]) or 'nothing'}")
-        features = None
+        features, statistics = None, given
         if "arr_0" in names:
             chosen = _choose(path, image_size, limit if given else None)
             features = _features_in(path, network, chosen, batch_size, device)
+            statistics = given or statistics_of(features)
+        if statistics is None:
+            raise NpzError(f"holds {', '.join(sorted(names)[:6]) or 'nothing'}")
     except NpzError as error:
         raise _refusal(path, str(error), EXPECTED) from None
-    num_images = None if given else len(features)
+    num_images = None if given or features is None else len(features)
     about = {
         "what": path.name,
         "num_images": num_images,
@@ -144,8 +145,7 @@ def reference_from_file(
         "statistics": "the file's" if given else "of the file's images",
         "num_images_of_features": None if features is None else len(features),
     }
-    mu, sigma = given or statistics_of(features)
-    return Reference(mu, sigma, num_images, features, None, about)
+    return Reference(*statistics, num_images, features, None, about)
 
 
 def _refusal(path: Path, given: str, advice: str) -> ValueError:
@@ -161,7 +161,7 @@ def _ours(path: Path, expected: dict[str, Any]) -> Reference:
     reference = load_reference(path)
     for key, value in expected.items():
         if (given := reference.about.get(key)) != value:
-            advice = "make it anew, or give none for images of the data set"
+            advice = "make it again, or give none for images of the data set"
             raise _refusal(path, f"was made with {key} = {given}, expected {value}", advice)
     _check_shapes(path, reference.mu, reference.sigma, expected["num_features"])
     return reference._replace(indices=None)  # they may be of another data set
@@ -173,11 +173,11 @@ def _given(path: Path, num_features: int) -> tuple[np.ndarray, np.ndarray]:
     _check_shapes(path, mu, sigma, num_features)
     if not all(x.dtype.kind == "f" and np.isfinite(x).all() for x in (mu, sigma)):
         given = f"has mu and sigma of {mu.dtype} and {sigma.dtype} that are not all finite numbers"
-        raise _refusal(path, given, "make it anew")
+        raise _refusal(path, given, "make it again")
     off = np.abs(sigma - sigma.T).max(initial=0.0) > 1e-3 * np.abs(sigma).max(initial=0.0)
     if off or (np.diagonal(sigma) < 0).any():
         given = "has a sigma that is no covariance: not symmetric, or with a variance below 0"
-        raise _refusal(path, given, "make it anew")
+        raise _refusal(path, given, "make it again")
     return mu.astype(np.float64), sigma.astype(np.float64)
 
 
@@ -206,7 +206,8 @@ def _features_in(
     images = enumerate(npz.rows(path, "arr_0"))  # of which each process takes its batches
 
     def load(numbers: list[int]) -> Tensor:
-        wanted, found = {chosen[i] for i in numbers}, []
+        wanted = {chosen[i] for i in numbers}
+        found: list[np.ndarray] = []
         while len(found) < len(wanted):
             row, image = next(images)
             if row in wanted:

@@ -73,10 +73,10 @@ class Sampler:
 
     def sample_batch(self, ids: Sequence[int]) -> Samples:
         """The samples with these numbers, in one batch."""
-        networks, batch = (self.transformer, self.tokenizer), {"batch_size": len(ids)}
+        networks, options = (self.transformer, self.tokenizer), self.settings
         with self.autocast():
             ((_, samples),) = iterate_samples(
-                *networks, self.labels(ids), sample_ids=ids, **batch, **self.settings
+                *networks, self.labels(ids), sample_ids=ids, batch_size=len(ids), **options
             )
         return samples
 
@@ -103,7 +103,7 @@ def choose_classes(classes: str | Sequence[int] | None, num_classes: int) -> lis
             f"classes: expected a list of numbers in 0..{num_classes - 1}, all or null, got "
             f"{chosen}"
         )
-    return list(chosen)
+    return [int(c) for c in chosen]
 
 
 def network_fingerprint(network: nn.Module) -> str:

@@ -6,7 +6,7 @@ the images can be forgotten, and features kept in a file and counted later, by a
     B batch, K scales, F features
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class SampleScorer(nn.Module):
             as these are, not nearer.
     """
 
+    after_scale: Sequence[FeatureBank]  # a ModuleList, whose type cannot say of what it is
+
     def __init__(
         self,
         network: FeatureNetwork,
@@ -55,7 +57,8 @@ class SampleScorer(nn.Module):
         self.schedule, self.classifier = schedule, classifier
         self.settings = settings or ScoreSettings()
         self.final = FeatureBank()
-        self.after_scale = nn.ModuleList(FeatureBank() for _ in range(schedule.num_scales))
+        banks = [FeatureBank() for _ in range(schedule.num_scales)]
+        self.after_scale = nn.ModuleList(banks)  # type: ignore[assignment]
         self.hits = FeatureBank()  # right (B, 1): kept like features, since a sum over processes
 
     @torch.no_grad()
@@ -75,7 +78,7 @@ class SampleScorer(nn.Module):
             classes = self.classifier[1](samples.images.mul(2).sub(1).cpu())
             features["right"] = (classes == labels.cpu()).to(torch.uint8)
         if per_scale:
-            steps = decode_by_rows(tokenizer, samples.indices, per_scale=True)
+            steps = decode_by_rows(tokenizer, samples.indices)
             after = [self.network(images.add(1).div(2)).features.cpu() for images in steps]
             features["scale_features"] = torch.stack(after, dim=1)  # (B, K, F)
         return features
@@ -109,12 +112,13 @@ class SampleScorer(nn.Module):
         for scale, bank in zip(self.schedule.names, self.after_scale, strict=True):
             after = bank.compute().features
             if len(after):
-                only = scores(Features(after, None), self.reference, name, self.settings, ("fid",))
-                found[f"fid_{name}_scale_{scale}"] = only[f"fid_{name}"]
-        if self.held_out is not None and self.reference.features is not None:
-            found[f"neighbour_ratio_{name}"] = neighbour_ratio(
-                samples.features, self.reference.features, self.held_out.features
-            )
+                fid = scores(Features(after, None), self.reference, name, self.settings, ("fid",))
+                found[f"fid_{name}_scale_{scale}"] = fid[f"fid_{name}"]
+        known = self.reference.features
+        unseen = None if self.held_out is None else self.held_out.features
+        if known is not None and unseen is not None:
+            ratio = neighbour_ratio(samples.features, known, unseen)
+            found[f"neighbour_ratio_{name}"] = ratio
         return found
 
 

@@ -23,8 +23,9 @@ from var_exp.distributed.launch import given_by_torchrun
 from var_exp.evaluation import FeatureNetwork, ScoreSettings
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.experiment.config.checks import trained
+from var_exp.experiment.config.plain import plain
 from var_exp.experiment.config.validate import check_part
-from var_exp.experiment.run import Run, plain
+from var_exp.experiment.run import Run
 from var_exp.scales import ScaleSchedule
 from var_exp.tokenizer import VQVAE
 from var_exp.training import fit
@@ -71,7 +72,7 @@ def tokenizer(cfg: DictConfig, images: ImageSource, run: Run, device: str = "cpu
             f"tokenizer_ckpt: the tokenizer has scales {network.schedule.patch_nums}, this run "
             f"{cfg.scales.patch_nums}; set scales.patch_nums or use another tokenizer"
         )
-    channels = network.encoder.config["in_channels"]
+    channels = network.channels
     if channels != images.channels:
         raise ValueError(
             f"tokenizer_ckpt: the tokenizer is for images of {channels} channels, those of "
@@ -123,8 +124,7 @@ def module(model: DictConfig, networks: Mapping[str, nn.Module]) -> StageModule:
         model: its part of the configuration, such as `cfg.model.var`.
         networks: of the stage, by argument.
     """
-    values = OmegaConf.to_container(model, resolve=True)
-    own = {key: value for key, value in values.items() if key not in SCHEDULE}
+    own = {key: value for key, value in plain(model).items() if key not in SCHEDULE}
     return instantiate(own, _partial_=True, _convert_="all")(**networks)
 
 
@@ -143,7 +143,7 @@ def num_devices(cfg: DictConfig) -> tuple[int, int]:
 
 def stages(cfg: DictConfig, data: ImageDataModule, codes: VQVAE, run: Run) -> list[Stage]:
     """All stages, in order. They share the tokenizer, which the first one trains in place."""
-    built: dict[str, Stage] = {
+    training = {
         stage: TrainingStage(
             trained_module,
             data,
@@ -158,9 +158,10 @@ def stages(cfg: DictConfig, data: ImageDataModule, codes: VQVAE, run: Run) -> li
         )
         for stage, trained_module in modules(cfg, data.source, codes).items()
     }
+    built: dict[str, Stage] = {**training}
     if "tokens" in cfg.stages:
-        built["tokens"] = encoding(cfg, data, codes, run)
-        built["tokens"].reader = built.get("var")
+        built["tokens"] = tokens = encoding(cfg, data, codes, run)
+        tokens.reader = training.get("var")
     return [built[stage] for stage in cfg.stages]
 
 
@@ -175,7 +176,7 @@ def encoding(cfg: DictConfig, data: ImageDataModule, codes: VQVAE, run: Run) -> 
         data,
         trainer(cfg),
         folder,
-        OmegaConf.to_container(cfg.data, resolve=True),
+        plain(cfg.data),
         num_views=min(cfg.tokens.views, max(1, epochs)),
         batch_size=cfg.tokens.batch_size,
         is_pretrained="tokenizer" not in cfg.stages,
@@ -222,7 +223,7 @@ def evaluator(cfg: DictConfig, images: ImageSource, run: Run) -> Evaluator:
     return Evaluator(
         images,
         feature_network(cfg, run.path, images),
-        OmegaConf.to_container(cfg.sampling, resolve=True),
+        plain(cfg.sampling),
         num_samples=chosen.num_samples,
         num_samples_per_scale=chosen.num_samples_per_scale,
         batch_size=chosen.batch_size,
@@ -257,7 +258,9 @@ def parts_from_files(cfg: DictConfig) -> dict[str, Callable[[], object]]:
     """What makes each part of a training that is read from a file of others, by its key."""
     keys = [PERCEPTUAL, "adversary"] if "tokenizer" in cfg.stages else []
     chosen = {key: OmegaConf.select(cfg, key) for key in keys}
-    parts = {key: functools.partial(instantiate, c) for key, c in chosen.items() if c is not None}
+    parts: dict[str, Callable[[], object]] = {
+        key: functools.partial(instantiate, c) for key, c in chosen.items() if c is not None
+    }
     if "weights" in cfg.evaluation.network:  # others are trained on the images
         parts["evaluation.network"] = lambda: instantiate(cfg.evaluation.network)(None, None)
     return parts

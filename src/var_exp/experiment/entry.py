@@ -74,6 +74,7 @@ def program(function: Callable[[DictConfig, Run], object]) -> Callable[[DictConf
             except Interrupted as stop:
                 requeue(stop)
                 leave(stop, run.path, run.resume_hint)
+        return None  # for type checkers: a context could have caught an error
 
     return wrapped
 

@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from var_exp.distributed.launch import is_started_again, name_of_start
 from var_exp.experiment.config.overrides import with_current_names
+from var_exp.experiment.config.plain import plain
 from var_exp.experiment.errors import first_cause
 from var_exp.io.environment import environment
 from var_exp.io.files import atomic_write
@@ -55,7 +56,7 @@ OWN = {
 
 CONFIG = ".hydra/config.yaml"  # in a run folder: the configuration it was started with
 MISSING = "(nothing)"  # the value of a key that was not there
-RESTARTED = ".anew"  # in a run folder: the start of a job that began it anew
+RESTARTED = ".anew"  # in a run folder: the start of a job that started over
 
 
 class Change(NamedTuple):
@@ -72,7 +73,7 @@ class Change(NamedTuple):
 def changes(was: Any, now: Any, key: str = "") -> Iterator[Change]:
     """Where two trees of plain data differ."""
     if isinstance(was, Mapping) and isinstance(now, Mapping):
-        for name in was | now:
+        for name in {**was, **now}:
             before = was.get(name, MISSING)
             yield from changes(before, now.get(name), f"{key}.{name}" if key else str(name))
     elif was != now and (was, now) != (MISSING, None):
@@ -102,7 +103,7 @@ def check_changes(
         raise ValueError(
             f"resume: the run in {str(run_dir)!r} was started with other values that decide on "
             f"what is trained: {'; '.join(map(str, broken))}; keep them, or begin a new run folder "
-            f"where this one is (resume={run_dir} with a new run_dir), or anew (resume=never)"
+            f"where this one is (resume={run_dir} with a new run_dir), or start over (resume=never)"
         )
     return found
 
@@ -120,7 +121,7 @@ def is_free(key: str, begun: Sequence[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in (*FREE, *others))
 
 
-# -- a job that began anew and is started again -----------------------------------------------
+# -- a job that started over and is started again -----------------------------------------------
 
 
 def mark_restarted(run_dir: Path) -> None:
@@ -129,7 +130,7 @@ def mark_restarted(run_dir: Path) -> None:
 
 
 def has_restarted(run_dir: Path) -> bool:
-    """Whether this is another start of the job that began a run folder anew: now it goes on."""
+    """Whether this is another start of the job that started a run folder over: now it resumes."""
     path = run_dir / RESTARTED
     return is_started_again() and path.exists() and path.read_text() == name_of_start()
 
@@ -161,11 +162,11 @@ def read_record(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     path = run_dir / ".hydra" / "config.yaml"
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        config = plain(OmegaConf.load(path))
         return with_current_names(config), json.loads((run_dir / "environment.json").read_text())
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise ValueError(
             f"resume: {str(run_dir)!r} has checkpoints, but not what they were trained with ("
             f"{first_cause(error)}); begin a new run folder where this one is (resume={run_dir} "
-            f"with a new run_dir), or anew (resume=never)"
+            f"with a new run_dir), or start over (resume=never)"
         ) from None

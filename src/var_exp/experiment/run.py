@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from var_exp.data import ImageSource
 from var_exp.distributed.launch import START, check_meeting_point
@@ -19,6 +19,7 @@ from var_exp.distributed.signals import RESUME_HINT, clear_stop_marker
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.experiment.config.checks import check_sweep, trained
 from var_exp.experiment.config.overrides import as_override
+from var_exp.experiment.config.plain import plain
 from var_exp.experiment.resume import (
     changed_code,
     check_changes,
@@ -210,10 +211,3 @@ class Run:
                 f"objective: expected a figure of metrics.json, such as {near}; got {name!r}"
             )
         return metrics[name] if name else None
-
-
-def plain(cfg: DictConfig) -> dict:
-    """The configuration of the run, as plain data."""
-    return OmegaConf.to_container(
-        OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True
-    )

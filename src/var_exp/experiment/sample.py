@@ -25,12 +25,16 @@ from var_exp.evaluation.samples.sample_set import SampleSet
 from var_exp.evaluation.scorer import RealImages, SampleScorer
 from var_exp.experiment.build import feature_network
 from var_exp.experiment.config.checks import check_sweep
+from var_exp.experiment.config.plain import plain
 from var_exp.experiment.resume import CONFIG
 from var_exp.experiment.run import METRICS, Run
 from var_exp.io.run_folder import Metrics, read_metrics, write_metrics
 from var_exp.sampling.compile import check_compiler
+from var_exp.tokenizer import VQVAE
+from var_exp.transformer import VAR
 
 EXPORTS = {"export": "portable folder", "export_official": "published files"}
+WholeFound = Found[VQVAE, VAR]
 SETTINGS = ("cfg_scale", "top_k", "top_p", "temperature", "seed")
 NUM_SAMPLES = 16  # of a set that is not scored, where num_samples is null
 GRAPHS = "graphs"  # what `compile` may be besides true and false
@@ -70,7 +74,7 @@ def is_trained_in(folder: Path) -> bool:
 # -- networks -----------------------------------------------------------------------------
 
 
-def networks(cfg: DictConfig) -> Found:
+def networks(cfg: DictConfig) -> WholeFound:
     """The networks of `ckpt`, or the published ones that `official` names."""
     if (cfg.ckpt is None) == (cfg.official is None):
         raise ValueError(
@@ -78,8 +82,9 @@ def networks(cfg: DictConfig) -> Found:
             f"{', '.join(MODELS)}; got ckpt={cfg.ckpt} and official={cfg.official}"
         )
     if cfg.official is not None:
-        return read_published(cfg.official, cfg.official_dir)
-    found = read_networks(cfg.ckpt, cfg.weights)
+        found = read_published(cfg.official, cfg.official_dir)
+    else:
+        found = read_networks(cfg.ckpt, cfg.weights)
     if found.transformer is None:
         raise ValueError(
             f"ckpt: {str(found.path)!r} holds a tokenizer only; expected a checkpoint of the var "
@@ -90,10 +95,10 @@ def networks(cfg: DictConfig) -> Found:
             f"ckpt: {str(found.path)!r} holds a transformer only; to draw with published files "
             f"use official=NAME, and official_dir=DIR for where they are"
         )
-    return found
+    return Found(found.tokenizer, found.transformer, *found[2:])
 
 
-def origin(found: Found) -> dict[str, str]:
+def origin(found: WholeFound) -> dict[str, str]:
     """The row of a table that names the checkpoint."""
     early = ", of a stage that was not validated yet" if found.path.name == "last.ckpt" else ""
     return {"checkpoint": f"{found.path}{early}"}
@@ -126,7 +131,7 @@ def export(pipeline: VARPipeline, folders: Mapping[str, str]) -> None:
 # -- samples and their scores -------------------------------------------------------------
 
 
-def sampler(cfg: DictConfig, found: Found) -> Sampler:
+def sampler(cfg: DictConfig, found: WholeFound) -> Sampler:
     """What draws the samples."""
     settings = {name: cfg[name] for name in SETTINGS}
     pair = found.transformer, found.tokenizer
@@ -140,7 +145,7 @@ class RealSource(NamedTuple):
     images: ImageSource | None
 
 
-def real_source(cfg: DictConfig, found: Found) -> RealSource:
+def real_source(cfg: DictConfig, found: WholeFound) -> RealSource:
     """The feature network, and the images of the run that the networks are from."""
     parents = found.path.absolute().parents[:2] if cfg.official is None else ()
     folder = next((parent for parent in parents if is_trained_in(parent)), None)
@@ -161,7 +166,7 @@ def real_source(cfg: DictConfig, found: Found) -> RealSource:
     return RealSource(feature_network(cfg, folder, images), images)
 
 
-def scorer(cfg: DictConfig, real: RealSource, found: Found) -> SampleScorer:
+def scorer(cfg: DictConfig, real: RealSource, found: WholeFound) -> SampleScorer:
     """What scores the samples, on the device of the networks; all processes must call."""
     chosen, tokenizer = cfg.evaluation, found.tokenizer
     images = RealImages(
@@ -207,7 +212,7 @@ class ScoredSet:
         self,
         cfg: DictConfig,
         run: Run,
-        found: Found,
+        found: WholeFound,
         plan: dict[str, Any],
         scorer: SampleScorer | None,
     ):
@@ -219,10 +224,10 @@ class ScoredSet:
             batch_size=cfg.batch_size,
             png=cfg.png,
             npz=cfg.npz,
-            scores=scorer and scorer.identity,
+            scores=None if scorer is None else scorer.identity,
             num_per_scale=cfg.evaluation.num_samples_per_scale,
         )
-        self.protocol = scorer and self._protocol(scorer)
+        self.protocol = None if scorer is None else self._protocol(scorer)
         self.path = run.path / METRICS
 
     def _protocol(self, scorer: SampleScorer) -> dict[str, Any]:
@@ -249,7 +254,7 @@ class ScoredSet:
 
     def score(self) -> dict[str, str]:
         """Measure, unless it was measured so before; write metrics.json; return rows of a table."""
-        if self.scorer is None:
+        if self.scorer is None or self.protocol is None:
             return {}
         metrics = read_metrics(self.path)
         if not self.is_scored:
@@ -266,10 +271,10 @@ class ScoredSet:
         }
         cfg = self.cfg
         given = {name: cfg[name] for name in (*cfg.evaluation.sampling, "classes")}
-        required = OmegaConf.to_container(cfg.evaluation.sampling) | {"classes": "all"}
+        required = plain(cfg.evaluation.sampling) | {"classes": "all"}
         given |= {"num_samples": self.samples.num_samples}
         required |= {"num_samples": cfg.evaluation.num_samples}
-        expected = OmegaConf.to_container(cfg.evaluation.expected)
+        expected = plain(cfg.evaluation.expected)
         model = f"d{len(self.found.transformer.blocks)}"
         return beside_expected(scores, expected, model, given, required)
 

@@ -13,7 +13,7 @@ def fingerprint(about: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in tensors:
         digest.update(name.encode())
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(content.numpy())
+        digest.update(content.numpy().data)
     return digest.hexdigest()[:16]
 
 

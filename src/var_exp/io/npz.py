@@ -7,12 +7,13 @@ of a member is read, so that a flipped bit is found, and images can be read one 
 
 import math
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 HEADERS = {  # by version; others are for names of fields that Latin-1 lacks
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -62,8 +63,13 @@ def read(path: Path, name: str) -> np.ndarray:
         NpzError: the file or the array in it is missing or damaged, or holds pickled objects.
     """
     with _opened(path, name) as (head, stream):
-        order = "F" if head.by_columns else "C"
+        order: Literal["F", "C"] = "F" if head.by_columns else "C"
         return np.ndarray(head.shape, head.dtype, buffer=stream.read(), order=order)
+
+
+def write(path: Path | IO[bytes], arrays: Mapping[str, ArrayLike]) -> None:
+    """Write the arrays, none of which is called "file" or "allow_pickle"."""
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # for that name's sake
 
 
 def rows(path: Path, name: str) -> Iterator[np.ndarray]:

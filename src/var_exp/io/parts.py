@@ -120,7 +120,7 @@ class Parts:
         path = self.folder / name
         if not path.is_file():
             return False
-        if sha256(path) == self._checksum(name, self.read_record()["parts"]):
+        if sha256(path) == self._checksum(name, (self.read_record() or {})["parts"]):
             return True
         warn(f"{self.option}: {str(path)!r} is damaged; it is made again")
         return False
@@ -142,7 +142,7 @@ class Parts:
 
     def finish(self, names: Iterable[str]) -> None:
         """Put the checksums of these parts, all of which are there, into the record."""
-        known = self.read_record()["parts"]
+        known = (self.read_record() or {})["parts"]
         known |= {name: self._checksum(name, known) for name in names}
         self._write_record(dict(sorted(known.items())))
         for path, _ in self._hidden():

@@ -10,12 +10,13 @@ import re
 from collections.abc import Callable, Mapping
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 State = Mapping[str, Tensor]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Frozen:
@@ -67,8 +68,8 @@ class Published(NamedTuple):
 
 
 def load(
-    published: Published, path: str | os.PathLike | None, assemble: Callable[[State], nn.Module]
-) -> nn.Module:
+    published: Published, path: str | os.PathLike | None, assemble: Callable[[State], Network]
+) -> Network:
     """The network of a published file.
 
     Args:
@@ -127,7 +128,7 @@ def _tensors(state: object) -> State:
     raise ValueError("not a state dict")
 
 
-def fill(network: nn.Module, state: State) -> nn.Module:
+def fill(network: Network, state: State) -> Network:
     """Give a network, which may be without memory, exactly these weights, in float32.
 
     Raises:

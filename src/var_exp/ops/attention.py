@@ -16,6 +16,7 @@ products and the dropout probability, and returns (B, H, L, E).
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,7 @@ def attend_flex(
 ) -> Tensor:
     if dropout > 0:
         raise flex_error("drop attention weights")
-    attend = flex_attention if q.device.type == "cpu" else compiled_flex()
+    attend: Any = flex_attention if q.device.type == "cpu" else compiled_flex()
     return attend(q, k, v, block_mask=visible, scale=scale)
 
 

@@ -23,7 +23,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` with the kernels of this file."""
+    """`nn.Conv2d` with the kernels of this file; it has a bias."""
+
+    bias: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, H, W) -> (B, O, H', W')."""

@@ -11,7 +11,7 @@ Everything else is torch's own layer.
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 # A Mac's torch, for one, lacks them; its own products are not replaced.
 HAS_BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 # An operator that torch keeps for its compiler; it has no gradient.
-ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if HAS_BOTH else None
+ONEDNN_LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if HAS_BOTH else None
 HAS_BFLOAT16 = HAS_BOTH and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
+T = TypeVar("T", bound=Tensor | None)
 Casts = dict[tuple[nn.Parameter, torch.dtype], Tensor]
 CASTS: ContextVar[Casts | None] = ContextVar("casts", default=None)
 
@@ -109,7 +110,7 @@ def cached_weight_casts() -> Iterator[None]:
         CASTS.reset(token)
 
 
-def cached_cast(tensor: Tensor | None) -> Tensor | None:
+def cached_cast(tensor: T) -> T | Tensor:
     """A parameter cast as autocast would, within `cached_weight_casts`; else the tensor itself."""
     if torch.compiler.is_compiling() or (casts := CASTS.get()) is None:
         return tensor

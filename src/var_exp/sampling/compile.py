@@ -29,16 +29,15 @@ def compile_for_sampling(
             every kernel. Batches of one size then share a cache and must not overlap. Not run yet:
             no GPU was available.
     """
-    options = {"backend": backend, "dynamic": False}
-    mode = {"mode": "reduce-overhead"} if graphs else {}
+    mode = "reduce-overhead" if graphs else None
     limit = BATCH_SIZES * transformer.schedule.num_scales
     limited = torch._dynamo.config.patch(recompile_limit=limit)
     transformer.execution = transformer.execution._replace(
-        scale_call=limited(torch.compile(call_block, **options, **mode)),
+        scale_call=limited(torch.compile(call_block, backend=backend, dynamic=False, mode=mode)),
         make_cache=static_caches() if graphs else KVCache,
     )
     if next(tokenizer.parameters()).device.type != "cpu":
-        tokenizer.decoder.compile(**options)
+        tokenizer.decoder.compile(backend=backend, dynamic=False)
 
 
 def static_caches():

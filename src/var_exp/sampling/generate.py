@@ -13,7 +13,7 @@ cumulative distribution. So an image does not depend on the batch it is drawn in
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -47,6 +47,40 @@ class Samples(NamedTuple):
 
     images: Tensor
     indices: list[Tensor]
+
+
+class Settings(TypedDict, total=False):
+    """Keyword arguments of `generate`."""
+
+    num_samples: int | None
+    cfg_scale: float
+    top_k: int
+    top_p: float
+    temperature: float
+    seed: int
+    sample_ids: Sequence[int] | None
+
+
+@overload
+def generate(
+    transformer: VAR,
+    tokenizer: VQVAE,
+    labels: Tensor | Sequence[int] | None,
+    *,
+    return_indices: Literal[False] = False,
+    **settings: Unpack[Settings],
+) -> Tensor: ...
+
+
+@overload
+def generate(
+    transformer: VAR,
+    tokenizer: VQVAE,
+    labels: Tensor | Sequence[int] | None,
+    *,
+    return_indices: Literal[True],
+    **settings: Unpack[Settings],
+) -> Samples: ...
 
 
 @torch.inference_mode()
@@ -104,7 +138,7 @@ def generate(
             f"and {len(ids)} ids (num_samples=..., sample_ids=...)"
         )
     uniforms = torch.from_numpy(draw_uniforms(seed, ids, transformer.schedule.seq_len))
-    indices = []
+    indices: list[Tensor] = []
     with evaluating(transformer, tokenizer):
         with cached_weight_casts():
             for k, logits in guided_logits(transformer, tokenizer, labels, cfg_scale, indices):
@@ -166,7 +200,7 @@ def _iterate(
     labels: list[int],
     ids: list[int],
     batch_size: int,
-    settings: dict[str, float],
+    settings: dict[str, Any],
 ) -> Iterator[tuple[list[int], Samples]]:
     rows = round_up(min(batch_size, len(ids)))
     for start in range(0, len(ids), rows):
@@ -185,28 +219,26 @@ def _iterate(
         yield batch_ids, Samples(samples.images[:n], [codes[:n] for codes in samples.indices])
 
 
-def decode_by_rows(
-    tokenizer: VQVAE, indices: list[Tensor], per_scale: bool = False
-) -> Tensor | list[Tensor]:
-    """`tokenizer.decode`, a fixed number of samples at a time.
+def decode_by_rows(tokenizer: VQVAE, indices: list[Tensor]) -> list[Tensor]:
+    """`tokenizer.decode` after each scale, a fixed number of samples at a time.
 
     Convolutions choose their kernel, and with it the order of their sums, by the batch.
     """
     count = len(indices[0])
     padding = round_up(count) - count
     indices = [torch.cat([c, c[:1].expand(padding, -1)]) for c in indices]
-    batches = decode_in_parts(tokenizer, indices, per_scale)
-    if per_scale:
-        return [torch.cat(images)[:count] for images in zip(*batches, strict=True)]
-    return torch.cat(list(batches))[:count]
+    batches = (tokenizer.decode(rows, per_scale=True) for rows in in_parts(indices))
+    return [torch.cat(images)[:count] for images in zip(*batches, strict=True)]
 
 
-def decode_in_parts(
-    tokenizer: VQVAE, indices: list[Tensor], per_scale: bool = False
-) -> Iterator[Tensor | list[Tensor]]:
+def decode_in_parts(tokenizer: VQVAE, indices: list[Tensor]) -> Iterator[Tensor]:
     """`tokenizer.decode` of `ROWS` samples at a time, and of the rest at the end."""
+    return (tokenizer.decode(rows) for rows in in_parts(indices))
+
+
+def in_parts(indices: list[Tensor]) -> Iterator[list[Tensor]]:
     for first in range(0, len(indices[0]), ROWS):
-        yield tokenizer.decode([codes[first : first + ROWS] for codes in indices], per_scale)
+        yield [codes[first : first + ROWS] for codes in indices]
 
 
 def round_up(rows: int) -> int:

@@ -84,6 +84,11 @@ class AdversarialLoss(nn.Module):
         ValueError: an argument out of its range.
     """
 
+    adaptive_weight: Tensor
+    logit_averages: Tensor
+    _gradients: Tensor | None
+    _logits: Tensor | None
+
     @checked
     def __init__(
         self,
@@ -195,8 +200,7 @@ class AdversarialLoss(nn.Module):
         self._clear()
 
     def _clear(self) -> None:
-        self._gradients: Tensor | None = None
-        self._logits: Tensor | None = None
+        self._gradients = self._logits = None
 
 
 def lecam_distance(real: Tensor, fake: Tensor, averages: Tensor) -> Tensor:

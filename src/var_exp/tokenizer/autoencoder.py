@@ -41,10 +41,8 @@ class ResidualBlock(nn.Module):
         self.norm1, self.conv1 = group_norm(in_channels), conv3x3(in_channels, out_channels)
         self.norm2, self.conv2 = group_norm(out_channels), conv3x3(out_channels, out_channels)
         self.dropout = nn.Dropout(dropout)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
-        else:
-            self.nin_shortcut = nn.Identity()
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, O, H, W)
@@ -128,8 +126,8 @@ def level_sizes(
 ) -> tuple[list[int], list[int]]:
     """Channels and number of residual blocks of each resolution, from full to lowest."""
     widths = [width * m for m in multipliers]
-    same = isinstance(num_res_blocks, int)
-    blocks = [num_res_blocks] * len(widths) if same else list(num_res_blocks)
+    number = num_res_blocks
+    blocks = [number] * len(widths) if isinstance(number, int) else list(number)
     changes = [w != before for before, w in zip([width, *widths], widths, strict=False)]
     narrow = any(c and n < 1 for c, n in zip(changes, blocks, strict=False))
     if len(blocks) != len(widths) or narrow or min(blocks) < 0:

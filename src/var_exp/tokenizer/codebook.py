@@ -50,6 +50,8 @@ class BaseCodebook(nn.Module):
         ValueError: fewer than two codes.
     """
 
+    start_from: str
+
     @checked
     def __init__(self, vocab_size: VocabSize, code_dim: PositiveInt):
         super().__init__()
@@ -61,7 +63,7 @@ class BaseCodebook(nn.Module):
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew; called for each scale's own copy."""
+        """Draw the parameters again; called for each scale's own copy."""
 
     def nearest(self, z: Tensor) -> Tensor:
         """Index of the code of each vector: (N, D) -> (N,) int64, without gradient."""
@@ -75,8 +77,10 @@ class BaseCodebook(nn.Module):
         """Of softmax(-squared distance / temperature) of vectors (N, D), with gradient."""
         raise NotImplementedError
 
-    #: Whether `update` does anything, for which vectors of all processes must be collected.
-    learns_from_vectors = False
+    @property
+    def learns_from_vectors(self) -> bool:
+        """Whether `update` does anything, for which vectors of all processes must be collected."""
+        return False
 
     def start(self, vectors: Tensor) -> None:
         """Called once, before the first training step, with vectors (N, D) of its scales.
@@ -107,6 +111,8 @@ class Codebook(BaseCodebook):
     Raises:
         ValueError: fewer than two codes, or a value outside its range.
     """
+
+    average_count: Tensor | None
 
     @checked
     def __init__(
@@ -161,12 +167,12 @@ class Codebook(BaseCodebook):
     @torch.no_grad()
     def start(self, vectors: Tensor) -> None:
         everything = torch.ones_like(self.weight[:, 0], dtype=torch.bool)
-        if STARTS[self.start_from] is not None:
+        if (steps := STARTS[self.start_from]) is not None:
             self._move(everything, pick(vectors, self.vocab_size))
-            self._kmeans(vectors, STARTS[self.start_from])
+            self._kmeans(vectors, steps)
         if self.average_count is not None:
             number = finite(vectors).to(vectors).sum()
-            self._count_fully(everything, number / self.vocab_size)
+            self._count_fully(self.average_count, everything, number / self.vocab_size)
 
     def _kmeans(self, vectors: Tensor, steps: int) -> None:
         order = broadcast(torch.randperm(len(vectors), device=vectors.device))
@@ -181,14 +187,14 @@ class Codebook(BaseCodebook):
         if self.average_count is not None:
             count, _ = self._sums(vectors, indices)
             self.average_count.lerp_(count, 1 - self.decay)
-            self._restart(vectors, count.mean())
+            self._restart(self.average_count, vectors, count.mean())
 
-    def _restart(self, vectors: Tensor, uniform: Tensor) -> None:
-        dead = self.average_count < self.restart_below * uniform
+    def _restart(self, average_count: Tensor, vectors: Tensor, uniform: Tensor) -> None:
+        dead = average_count < self.restart_below * uniform
         moved = self._move(dead, pick(vectors, self.vocab_size))
         # A newcomer that nobody chooses is dead again after
         # ln(restart_below) / ln(decay) steps, however many vectors a scale has.
-        self._count_fully(moved, uniform)
+        self._count_fully(average_count, moved, uniform)
 
     def _move(self, which: Tensor, places: Tensor) -> Tensor:
         """Put the codes `which` (V,) at finite `places` (V, D); returns which were moved."""
@@ -196,9 +202,9 @@ class Codebook(BaseCodebook):
         self.weight.copy_(torch.where(which.unsqueeze(1), places, self.weight))
         return which
 
-    def _count_fully(self, which: Tensor, uniform: Tensor) -> None:
+    def _count_fully(self, average_count: Tensor, which: Tensor, uniform: Tensor) -> None:
         """Give the codes `which` (V,) the average count of a code that is used like all."""
-        self.average_count.copy_(torch.where(which, uniform, self.average_count))
+        average_count.copy_(torch.where(which, uniform, average_count))
 
     def _sums(self, vectors: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Finite vectors that chose each code: number (V,), sum (V, D).
@@ -221,6 +227,9 @@ class EMACodebook(Codebook):
     Args:
         others: see `Codebook`; `decay` is also that of the means.
     """
+
+    average_count: Tensor
+    average_sum: Tensor
 
     @checked
     def __init__(
@@ -245,11 +254,11 @@ class EMACodebook(Codebook):
         mean = self.average_sum / self.average_count.clamp(min=1e-6).unsqueeze(1)
         self._move(self.average_count >= 1e-6, mean)  # without any count there is no mean
         if self.restart_below > 0:
-            self._restart(vectors, count.mean())
+            self._restart(self.average_count, vectors, count.mean())
 
-    def _count_fully(self, which: Tensor, uniform: Tensor) -> None:
-        super()._count_fully(which, uniform)
-        full = self.weight * self.average_count.unsqueeze(1)
+    def _count_fully(self, average_count: Tensor, which: Tensor, uniform: Tensor) -> None:
+        super()._count_fully(average_count, which, uniform)
+        full = self.weight * average_count.unsqueeze(1)
         self.average_sum.copy_(torch.where(which.unsqueeze(1), full, self.average_sum))
 
 

@@ -9,6 +9,7 @@ patches at several depths.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class DinoFeatures(nn.Module):
     """The outputs of some blocks of a vision transformer.
 
     Args:
-        transformer: of `load_transformer` or `assemble_transformer`.
+        transformer: timm's, of `load_transformer` or `assemble_transformer`.
         image_size: side in pixels that images are resized to, a multiple of the patch size.
         depths: of the blocks whose outputs are wanted, from 0.
 
@@ -42,7 +43,11 @@ class DinoFeatures(nn.Module):
         ValueError: another image_size, or depths that the transformer does not have.
     """
 
-    def __init__(self, transformer: nn.Module, image_size: int, depths: Sequence[int]):
+    width: int
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, transformer: Any, image_size: int, depths: Sequence[int]):
         from timm.layers import resample_abs_pos_embed
 
         super().__init__()

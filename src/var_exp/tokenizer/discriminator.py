@@ -78,7 +78,7 @@ class PatchGAN(nn.Module):
 def _conv4x4(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
     conv = nn.Conv2d(in_channels, out_channels, kernel_size=4, stride=stride, padding=1)
     nn.init.normal_(conv.weight, std=0.02)
-    nn.init.zeros_(conv.bias)
+    nn.init.zeros_(conv.get_parameter("bias"))
     return conv
 
 
@@ -153,7 +153,7 @@ class SpectralNorm(nn.Module):
 
     torch's own follows the singular vectors by one power iteration at each forward, so a weight
     would depend on how many micro-batches went before. This one has no memory: it finds them
-    anew, by squaring the Gram matrix. As there, they are constants to the gradient.
+    again, by squaring the Gram matrix. As there, they are constants to the gradient.
     """
 
     def forward(self, weight: Tensor) -> Tensor:

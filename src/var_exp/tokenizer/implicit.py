@@ -16,7 +16,9 @@ has its own. It starts at 1, or where the data are, and is learned by gradient.
     N vectors, D code dimension, L_d levels of dimension d, V = product of L_d codes
 """
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -46,6 +48,11 @@ class GridCodebook(BaseCodebook):
     Raises:
         ValueError: more than 2^16 codes, or an unknown start.
     """
+
+    num_levels: Tensor
+    radix: Tensor
+    centre: Tensor
+    step: Tensor
 
     def __init__(
         self,
@@ -108,7 +115,9 @@ class GridCodebook(BaseCodebook):
             digits = torch.arange(size, device=z.device)
             distance = (unit[d] * (position[:, d : d + 1] - digits)).square()  # (N, L_d)
             dimensions.append(entropies(-distance / temperature))
-        return Entropies(*map(sum, zip(*dimensions, strict=True)))
+        each, mean = zip(*dimensions, strict=True)
+        add = functools.partial(functools.reduce, operator.add)
+        return Entropies(add(each), add(mean))
 
     @torch.no_grad()
     def start(self, vectors: Tensor) -> None:
@@ -165,6 +174,9 @@ class FSQCodebook(GridCodebook):
         ValueError: no levels, fewer than 3 in a dimension, more than 2^16 codes, or an unknown
             start.
     """
+
+    radius: Tensor
+    shift: Tensor
 
     @checked
     def __init__(self, levels: Levels = (8, 5, 5, 5), start_from: str = "none"):

@@ -53,7 +53,7 @@ class ReconstructionLoss(nn.Module):
             "edge": edge_difference(output.images, images),
             "codebook": output.loss,
         }
-        if self.lpips > 0:  # by far the dearest term
+        if self.lpips > 0 and self.perceptual is not None:  # by far the dearest term
             terms["lpips"] = self.perceptual(output.images, images).mean()
         terms["loss"] = sum(getattr(self, name) * value for name, value in terms.items())
         return terms

@@ -78,6 +78,9 @@ class Distance(nn.Module):
         channel_weights: one (F, 1, 1) for each depth.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, features: nn.Sequential, channel_weights: Sequence[Tensor]):
         super().__init__()
         self.features = features

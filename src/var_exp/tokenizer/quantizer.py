@@ -91,6 +91,9 @@ class MultiScaleQuantizer(nn.Module):
         ValueError: a value outside its range.
     """
 
+    started: Tensor
+    codebooks: Sequence[BaseCodebook]
+
     @checked
     def __init__(
         self,
@@ -126,10 +129,11 @@ class MultiScaleQuantizer(nn.Module):
             quantizer_dropout_from,
         )
         self.entropy, self.entropy_temperature = entropy, entropy_temperature
-        self.codebooks = nn.ModuleList([codebook])
-        for _ in range(num_scales - 1 if per_scale else 0):
-            self.codebooks.append(copy.deepcopy(codebook))
-            self.codebooks[-1].reset_parameters()
+        copies = [copy.deepcopy(codebook) for _ in range(num_scales - 1 if per_scale else 0)]
+        for own in copies:
+            own.reset_parameters()
+        # A ModuleList's type cannot say of what it is.
+        self.codebooks = nn.ModuleList([codebook, *copies])  # type: ignore[assignment]
         self.phis = nn.ModuleList(
             nn.Conv2d(self.code_dim, self.code_dim, kernel_size=3, padding=1)
             for _ in range(num_phi)
@@ -164,7 +168,8 @@ class MultiScaleQuantizer(nn.Module):
             self._start(all_gather(f.detach()))
         keep = self._scales_to_keep()
         with_entropy = self.training and self.entropy > 0  # the one that pulls at the vectors
-        steps, loss, f_hat, output = [], f.new_zeros(()), 0.0, None
+        steps: list[Step] = []
+        loss = f_hat = output = f.new_zeros(())
         for k, step in enumerate(self._residual_steps(f if with_entropy else f.detach())):
             f_hat = f_hat + step.part  # (B, D, H, W)
             commitment = F.mse_loss(f, f_hat.detach())

@@ -7,7 +7,7 @@ quantizer. Frozen, it makes the tokens that the next-scale transformer predicts.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class VQVAE(nn.Module):
     Raises:
         ValueError: the parts disagree on the code dimension or the stride.
     """
+
+    config: dict[str, Any]
 
     def __init__(self, encoder: Encoder, quantizer: MultiScaleQuantizer, decoder: Decoder):
         super().__init__()
@@ -100,6 +102,12 @@ class VQVAE(nn.Module):
             )
         with torch.autocast(images.device.type, enabled=False):
             return self.quantizer.encode(self.features(images))
+
+    @overload
+    def decode(self, indices: Sequence[Tensor], per_scale: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def decode(self, indices: Sequence[Tensor], per_scale: Literal[True]) -> list[Tensor]: ...
 
     @torch.no_grad()
     def decode(self, indices: Sequence[Tensor], per_scale: bool = False) -> Tensor | list[Tensor]:

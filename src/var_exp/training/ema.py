@@ -25,5 +25,5 @@ def update_ema(average: nn.Module, network: nn.Module, decay: float) -> None:
     """
     ours, theirs = ([local(p) for p in n.parameters()] for n in (average, network))
     torch._foreach_lerp_(ours, theirs, 1 - decay)
-    for ours, buffer in zip(average.buffers(), network.buffers(), strict=True):
-        ours.copy_(buffer)
+    for buffer, other in zip(average.buffers(), network.buffers(), strict=True):
+        buffer.copy_(other)

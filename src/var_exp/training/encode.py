@@ -152,7 +152,7 @@ def encode_stage(
         trainer: called with what this function decides, gives the Trainer, whose processes and
             devices share the work.
         batch_size: images that a device encodes at once.
-        interruption: the signals of this process; None where nobody minds them.
+        signal_handler: the signals of this process; None to ignore them.
 
     Raises:
         ValueError: the folder holds other codes, cannot be written to, or the disk is too small.

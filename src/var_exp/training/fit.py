@@ -3,7 +3,7 @@
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,9 +104,9 @@ class TrainingStage:
     trainer: Callable[..., L.Trainer]
     run_dir: Path
     schedule: StageSchedule
-    callbacks: Sequence[Callback | Callable[[Evaluator], Callback]] = ()
+    callbacks: Sequence[Callback | functools.partial[Callback]] = ()
     loggers: Sequence[Callable[..., Logger]] = ()
-    config: Mapping[str, Any] | None = None
+    config: dict[str, Any] | None = None
     resume: str = "auto"
     signals: SignalHandler | None = None
     is_finished: bool = field(default=False, init=False)
@@ -174,7 +174,7 @@ def fit_stage(
     run_dir: Path,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Callable[..., Logger]] = (),
-    config: Mapping[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
     resume: str = "auto",
     signals: SignalHandler | None = None,
 ) -> Fitted:
@@ -210,6 +210,7 @@ def fit_stage(
         del found  # or the whole checkpoint would stay in memory
     progress = BatchProgress(schedule.plan)
     datamodule.plan(schedule.batch_size, schedule.num_batches)
+    guarded = [FaultTolerantLogger(make, str(run_dir), module.stage) for make in loggers]
     with quiet():
         runner = trainer(
             default_root_dir=folder,
@@ -218,7 +219,7 @@ def fit_stage(
             val_check_interval=min(schedule.val_every, schedule.num_batches),
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
-            logger=[FaultTolerantLogger(make, str(run_dir), module.stage) for make in loggers],
+            logger=guarded,
             callbacks=[
                 progress,
                 *([ThroughputMonitor()] if loggers else []),  # before those that may take long
@@ -239,7 +240,7 @@ def fit_stage(
             with signals.deferred():
                 runner.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
             seconds = progress.seconds
-            finish(runner.loggers)
+            finish(guarded)
         use_best_weights(module, folder)
         runner.logger = None  # the figures of the best weights are no step of training
         results = runner.validate(module, datamodule=datamodule, verbose=False)[0]
@@ -280,7 +281,7 @@ def check_stage(
             raise ValueError(
                 f"resume: the run was started with {name} {value}, now it is {ours[name]}; its "
                 f"schedules and images depend on it: keep it, or start in a new run "
-                f"folder (run_dir=...), or anew (resume=never)"
+                f"folder (run_dir=...), or start over (resume=never)"
             )
     return found
 
@@ -338,7 +339,7 @@ def own_signals(runner: L.Trainer) -> None:
     Its handlers talk to the other processes within the handler, and meet the collectives that
     training is in the middle of: with two processes SIGTERM hung in three of three trials.
     """
-    runner._signal_connector.register_signal_handlers = lambda: None
+    runner._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
 def finish(loggers: Sequence[FaultTolerantLogger]) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -43,6 +44,8 @@ UNITS = (SelfAttention, MLP, SwiGLU, ResidualBlock, SpatialAttention, Downsample
 
 class Sharded(ModelParallelStrategy):
     """Shards over all processes of all machines; Lightning's "auto" sizes would shard nothing."""
+
+    lightning_module: L.LightningModule
 
     def __init__(self) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
@@ -172,7 +175,8 @@ def shard(
         elif type(unit) is AdaLNBlock:
             fully_shard(unit.ada_lin, mesh=mesh)
     kept = {p for name in kept_whole for p in shards.get_submodule(name).parameters()}
-    return fully_shard(shards, mesh=mesh, ignored_params=kept)
+    fully_shard(shards, mesh=mesh, ignored_params=kept)
+    return shards
 
 
 def empty(network: nn.Module) -> None:
@@ -191,8 +195,8 @@ def fill(network: nn.Module, shards: nn.Module) -> None:
             whole.data = data.full_tensor() if isinstance(data, DTensor) else data.clone()
         for ours, theirs in zip(network.buffers(), shards.buffers(), strict=True):
             ours.copy_(theirs)
-    for ours, theirs in zip(network.modules(), shards.modules(), strict=True):
-        ours.training = theirs.training
+    for module, shard in zip(network.modules(), shards.modules(), strict=True):
+        module.training = shard.training
 
 
 # -- tensors --------------------------------------------------------------------------------
@@ -223,11 +227,11 @@ def gathered(tree: Any) -> Any:
         return [gathered(value) for value in tree]
     if not isinstance(tree, DTensor):
         return tree
-    whole = tree.detach().full_tensor()
+    whole = tree.detach().full_tensor()  # type: ignore[attr-defined]  # it stays a DTensor
     return whole.cpu() if is_main_process() else None
 
 
-def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+def parameters_of(optimizer: Optimizer | LightningOptimizer) -> list[Tensor]:
     """In the order in which the state dict of an optimizer numbers them."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 

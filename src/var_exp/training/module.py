@@ -10,8 +10,9 @@ micro-batches that its gradient is summed over.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from pydantic import NonNegativeFloat, PositiveInt
@@ -20,9 +21,10 @@ from torch.optim import Optimizer
 
 from var_exp.checkpoint.checkpoint import KEY, check_weights, describe
 from var_exp.configurable import Fraction, Weight, checked
-from var_exp.data import Batch, CodeBatch
+from var_exp.data import Batch, CodeBatch, ImageDataModule
 from var_exp.evaluation.evaluator import Evaluator
 from var_exp.io.files import differences
+from var_exp.tokenizer import VQVAE
 from var_exp.training.ema import ema_copy, update_ema
 from var_exp.training.fsdp import (
     ShardableModule,
@@ -35,9 +37,10 @@ from var_exp.training.nonfinite import SkippedBatches
 from var_exp.training.optim import WeightDecay, param_groups
 
 MakeOptimizer = Callable[[list[dict]], Optimizer]
+Network = TypeVar("Network", bound=nn.Module)
 
 
-class StageModule(ShardableModule):
+class StageModule(ShardableModule, Generic[Network]):
     """Base of `TokenizerModule` and `VARModule`.
 
     Args:
@@ -59,6 +62,7 @@ class StageModule(ShardableModule):
     """
 
     stage: str
+    tokenizer: VQVAE
     #: The validation figure that the best checkpoint is chosen by, and "min" or "max".
     monitor: tuple[str, str]
 
@@ -93,17 +97,17 @@ class StageModule(ShardableModule):
         raise NotImplementedError
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> Network:
         """The network in training."""
         return getattr(self, self.network_name)
 
     @property
-    def evaluated(self) -> nn.Module:
+    def evaluated(self) -> Network:
         """The network that validation and sampling use."""
         return self.weight_variants[""]
 
     @property
-    def weight_variants(self) -> dict[str, nn.Module]:
+    def weight_variants(self) -> dict[str, Network]:
         """What may be scored in training, by the suffix of its keys: "" is what is handed on."""
         averaged = getattr(self, self.average_name, None)
         if averaged is None:
@@ -178,7 +182,7 @@ class StageModule(ShardableModule):
     @property
     def is_logged(self) -> bool:
         """Whether the loggers get the figures of this batch."""
-        every = self.trainer.log_every_n_steps
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
         return every > 0 and (self.batch + 1) % every == 0
 
     @property
@@ -252,7 +256,7 @@ class StageModule(ShardableModule):
     # -- checkpoints ----------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        class_names = list(self.trainer.datamodule.source.class_names)
+        class_names = list(data_of(self.trainer).source.class_names)
         with self.whole():
             checkpoint[KEY] = describe(self.stage, self.networks(), class_names, self.weights)
         checkpoint["skipped_in_a_row"] = self.skipped.in_a_row
@@ -279,6 +283,16 @@ class StageModule(ShardableModule):
         for name in names:
             for where, a, b in differences(theirs[name], ours[name], name):
                 raise different(where, a, b)
+
+
+def stage_of(module: L.LightningModule) -> StageModule:
+    """The module that Lightning passes to a callback, as what all of ours are."""
+    return module  # type: ignore[return-value]
+
+
+def data_of(trainer: L.Trainer) -> ImageDataModule:
+    """The data module that a stage is trained and validated with."""
+    return trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at the start
 
 
 def different(where: str, theirs: Any, ours: Any) -> ValueError:

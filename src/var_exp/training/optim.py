@@ -18,7 +18,8 @@ NO_DECAY = ("position", "level_embedding", "ada_offset", "log_scale")
 def param_groups(network: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: what decays, and what does not (vectors, biases, `NO_DECAY`)."""
     named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
-    decay, no_decay = [], []
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for name, parameter in named:
         exempt = parameter.ndim <= 1 or any(key in name for key in NO_DECAY)
         (no_decay if exempt else decay).append(parameter)

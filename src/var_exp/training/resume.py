@@ -53,7 +53,7 @@ def newest(folder: Path) -> Found | None:
             return found
     if refused:
         raise ValueError(
-            f"{'; '.join(refused)}; nothing is left to go on from, resume=never starts anew"
+            f"{'; '.join(refused)}; nothing is left to go on from, resume=never starts over"
         )
     return None
 

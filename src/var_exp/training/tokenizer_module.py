@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -28,7 +29,7 @@ PARTS = {
 }
 
 
-class TokenizerModule(StageModule):
+class TokenizerModule(StageModule[VQVAE]):
     """Train a `VQVAE` on the images of batches.
 
     Args:
@@ -106,44 +107,49 @@ class TokenizerModule(StageModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         parts = [images for (images,) in self.split(batch.images)]
-        generator, *discriminator = as_list(self.optimizers())
+        generator, *others = as_list(self.optimizers())
         reconstructed, terms = self.generator_step(generator, parts)
         stepped = self.step(generator)
         if stepped:
             self.update_ema()
-        if self.factor > 0:
-            terms |= self.discriminator_step(*discriminator, parts, reconstructed)
-            stepped &= self.step(*discriminator, name="discriminator_")
+        if self.adversary is not None and self.factor > 0:
+            (discriminator,) = others
+            terms |= self.discriminator_step(self.adversary, discriminator, parts, reconstructed)
+            stepped &= self.step(discriminator, name="discriminator_")
             self.adversary.finish_batch()
         terms = self.over_ranks(terms)
         self.log_step(stepped, terms, batch)
         return terms["loss"]
 
-    def generator_step(self, optimizer, parts: list[Tensor]) -> tuple[list[Tensor], dict]:
+    def generator_step(
+        self, optimizer: LightningOptimizer, parts: list[Tensor]
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Gradients of the tokenizer; its reconstructions, and the means of all terms."""
-        reconstructed, sums = [], {}
+        reconstructed: list[Tensor] = []
+        sums: dict[str, Tensor] = {}
         total = sum(map(len, parts))
         for i, images in enumerate(parts):
             share = len(images) / total
             with self.toggled(optimizer, last=i + 1 == len(parts)):
                 output = self.tokenizer(images)
                 terms = self.loss(output, images)
-                if self.factor > 0:
-                    terms |= self.adversarial_terms(output.images, terms["loss"], share)
+                if self.adversary is not None and self.factor > 0:
+                    inputs = output.images, terms["loss"], share
+                    terms |= self.adversarial_terms(self.adversary, *inputs)
                 self.manual_backward(terms["loss"] * share)
             reconstructed.append(output.images.detach())
             add(sums, terms, share)
         return reconstructed, sums
 
     def adversarial_terms(
-        self, reconstructed: Tensor, loss: Tensor, share: float
+        self, adversary: AdversarialLoss, reconstructed: Tensor, loss: Tensor, share: float
     ) -> dict[str, Tensor]:
         """The adversarial term, and the loss with it."""
-        adversarial = self.adversary.generator_loss(reconstructed)
-        if self.adversary.adaptive:
+        adversarial = adversary.generator_loss(reconstructed)
+        if adversary.adaptive:
             last_layer = self.tokenizer.decoder.conv_out.weight
-            self.adversary.measure(loss * share, adversarial * share, last_layer)
-        weight = self.adversary.generator_weight(self.factor)
+            adversary.measure(loss * share, adversarial * share, last_layer)
+        weight = adversary.generator_weight(self.factor)
         return {
             "adversarial": adversarial,
             "adversarial_weight": torch.as_tensor(weight),
@@ -151,15 +157,19 @@ class TokenizerModule(StageModule):
         }
 
     def discriminator_step(
-        self, optimizer, parts: list[Tensor], reconstructed: list[Tensor]
+        self,
+        adversary: AdversarialLoss,
+        optimizer: LightningOptimizer,
+        parts: list[Tensor],
+        reconstructed: list[Tensor],
     ) -> dict[str, Tensor]:
         """Gradients of the discriminator, on reconstructions that the tokenizer's step has made."""
-        sums = {}
+        sums: dict[str, Tensor] = {}
         total = sum(map(len, parts))
         for i, (images, fakes) in enumerate(zip(parts, reconstructed, strict=True)):
             share = len(images) / total
             with self.toggled(optimizer, last=i + 1 == len(parts)):
-                terms = self.adversary.discriminator_loss(images, fakes)
+                terms = adversary.discriminator_loss(images, fakes)
                 self.manual_backward(terms["loss"] * share)
             add(sums, {f"discriminator_{name}": value for name, value in terms.items()}, share)
         return sums

@@ -22,7 +22,7 @@ from var_exp.evaluation.evaluator import Evaluator
 from var_exp.ops.attention import AUTO, check_backend, resolve_backend
 from var_exp.sampling.generate import check_fit
 from var_exp.tokenizer import VQVAE
-from var_exp.training.module import MakeOptimizer, StageModule
+from var_exp.training.module import MakeOptimizer, StageModule, as_list
 from var_exp.training.progressive import ProgressiveScales, ScalesInTraining
 from var_exp.training.scaling_law import against_law
 from var_exp.transformer import VAR
@@ -36,7 +36,7 @@ class Tokens(NamedTuple):
     targets: Tensor
 
 
-class VARModule(StageModule):
+class VARModule(StageModule[VAR]):
     """Train a `VAR` on images, seen through a frozen `VQVAE`, or on their codes.
 
     Args:
@@ -97,12 +97,11 @@ class VARModule(StageModule):
         self.class_dropout_prob, self.label_smoothing = class_dropout_prob, label_smoothing
         self.self_correction_prob = self_correction_prob
         self.progressive, self.scaling_law = progressive, scaling_law
-        schedule = transformer.schedule
-        self.scale_weights = check_scale_weights(scale_weights, schedule.num_scales)
+        self.scale_weights = check_scale_weights(scale_weights, transformer.schedule.num_scales)
         if progressive and self.scale_weights[: progressive.first].sum() == 0:
             raise ValueError(
-                f"model.var: scale_weights {list(scale_weights)} leave nothing to train while the "
-                f"first {progressive.first} scales are alone (model.var.scale_weights)"
+                f"model.var: scale_weights {list(scale_weights or ())} leave nothing to train "
+                f"while the first {progressive.first} scales are alone (model.var.scale_weights)"
             )
         self.keep_ema()
 
@@ -154,9 +153,9 @@ class VARModule(StageModule):
         return f"{self.scales.num_scales} scales"
 
     def training_step(self, batch: Batch | CodeBatch, batch_idx: int) -> Tensor:
-        optimizer = self.optimizers()
+        (optimizer,) = as_list(self.optimizers())
         parts = self.split(shown_by(batch), self.drop_labels(batch.labels))
-        total = 0.0
+        total = batch.labels.new_zeros(())  # of the losses' dtype after the first
         for i, (shown, labels) in enumerate(parts):
             with self.toggled(optimizer, last=i + 1 == len(parts)):
                 loss = self.loss(shown, labels) * (len(shown) / len(batch.labels))

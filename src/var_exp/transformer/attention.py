@@ -43,7 +43,7 @@ class KVCache:
         # The same tensors at every call, which is what CUDA graphs may write to.
         self.layers = [(self.keys[i], self.values[i]) for i in range(depth)]  # (B, H, L, E) each
 
-    def attend(self, layer: int, tokens: slice) -> Attend:
+    def attend(self, layer: int, tokens: slice) -> "CachedAttention":
         """Attention of these tokens to themselves and to all cached tokens before them."""
         return CachedAttention(*self.layers[layer], tokens)
 
@@ -103,10 +103,8 @@ class SelfAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = Linear(width, width)
-        if qk_norm:
-            self.log_scale = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4)))
-        else:
-            self.log_scale = None
+        start = torch.full((1, num_heads, 1, 1), math.log(4))
+        self.log_scale = nn.Parameter(start) if qk_norm else None
 
     def forward(self, x: Tensor, attend: Attend, rotation: Tensor | None = None) -> Tensor:
         """Attend to the tokens that `attend` shows.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from var_exp.ops.attention import Attend
 from var_exp.ops.linear import Linear, linear_gelu
+from var_exp.transformer.attention import SelfAttention
 
 NORM_EPS = 1e-6
 
@@ -76,12 +77,13 @@ class Block(nn.Module):
     """
 
     affine = True
+    drop_path: Tensor
 
     def __init__(
         self,
         width: int,
-        attn: nn.Module,
-        mlp: nn.Module,
+        attn: SelfAttention,
+        mlp: MLP | SwiGLU,
         norm: type[nn.Module],
         drop_path: float,
     ):

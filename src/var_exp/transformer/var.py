@@ -121,6 +121,12 @@ class VAR(nn.Module):
             rope a head dimension that 4 does not divide.
     """
 
+    config: dict[str, Any]
+    blocks: Sequence[Block]
+    levels: Tensor
+    mask: Tensor
+    rotation: Tensor | None
+
     @checked
     def __init__(
         self,
@@ -159,7 +165,8 @@ class VAR(nn.Module):
         self.level_embedding = nn.Embedding(self.schedule.num_scales, self.width)
         self.shared_modulation = block_class.shared_modulation(self.width)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(
+        # A ModuleList's type cannot say of what it is.
+        self.blocks = nn.ModuleList(  # type: ignore[assignment]
             block_class(
                 self.width,
                 SelfAttention(self.width, self.num_heads, qk_norm, softmax_scale, dropout),

@@ -19,7 +19,7 @@ TOKENIZER = "vae_ch160v4096z32.pth"
 PATIENCE = 10  # seconds until the repository must have answered
 
 
-def find_official(name: str, folder: str | os.PathLike) -> OfficialFiles:
+def find_official(name: str, folder: str | os.PathLike) -> OfficialFiles[Path]:
     """The files of a published model in a folder; those that are missing are fetched into it.
 
     Args:

@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from var_exp.tokenizer import VQVAE, Codebook, Decoder, Encoder, MultiScaleQuant
 from var_exp.transformer import VAR
 
 Source = str | os.PathLike | Mapping[str, Any]
+Network = TypeVar("Network", VAR, VQVAE)
 
 
 class OfficialNetworks(NamedTuple):
@@ -96,9 +97,9 @@ def read_official(
     """
     with _named(path):
         held = _held(path)
-    transformer = tokenizer = None
-    if "transformer" in held:
-        transformer = load_official(path).transformer
+    transformer = load_official(path).transformer if "transformer" in held else None
+    tokenizer = None
+    if transformer is not None:
         patch_nums = patch_nums or transformer.schedule.patch_nums
     if "tokenizer" in held:
         tokenizer = load_official(tokenizer=path, patch_nums=patch_nums).tokenizer
@@ -172,14 +173,14 @@ def _transformer(state: State, patch_nums: Sequence[Side] | None, num_heads: int
 def _tokenizer(state: State, patch_nums: Sequence[Side] | None, cosine_codes: bool) -> VQVAE:
     if "pos_1LC" in state:
         raise ValueError("it holds a transformer; expected a tokenizer (transformer=...)")
-    channels, sizes, quantizer = tokenizer_arguments(state, patch_nums)
-    codebook = Codebook(quantizer.pop("vocab_size"), sizes["code_dim"], cosine_codes)
-    quantizer = MultiScaleQuantizer(codebook=codebook, **quantizer).to(_device(state))
+    channels, sizes, arguments = tokenizer_arguments(state, patch_nums)
+    codebook = Codebook(arguments.pop("vocab_size"), sizes["code_dim"], cosine_codes)
+    quantizer = MultiScaleQuantizer(codebook=codebook, **arguments).to(_device(state))
     quantizer.started.fill_(True)
     with torch.device("meta"):
         network = VQVAE(Encoder(channels, **sizes), quantizer, Decoder(channels, **sizes))
     hits = state.get("quantize.ema_vocab_hit_SV")
-    network.official = Carried(phi_row(state), None if hits is None else hits.clone())
+    vars(network)["official"] = Carried(phi_row(state), None if hits is None else hits.clone())
     return _fill(network, state)
 
 
@@ -187,7 +188,7 @@ def _device(state: State) -> torch.device:
     return next(iter(state.values())).device
 
 
-def _fill(network: VAR | VQVAE, state: State) -> VAR | VQVAE:
+def _fill(network: Network, state: State) -> Network:
     """Give a network, whose weights may be without memory, those of a file."""
     expected = entries(network)
     _check(expected, state)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from var_exp.tokenizer import VQVAE
 from var_exp.transformer import VAR
+from var_exp.transformer.block import Block
 
 
 class Carried(NamedTuple):
@@ -33,7 +34,7 @@ class Carried(NamedTuple):
 
 
 def carried(network: VQVAE) -> Carried:
-    return getattr(network, "official", Carried())
+    return vars(network).get("official", Carried())
 
 
 # -- tensors of a file that are no weights of ours ----------------------------------------
@@ -49,13 +50,14 @@ def attention_bias(network: VAR) -> Tensor:
     return bias.masked_fill(~mask, -torch.inf)[None, None]  # (1, 1, L, L)
 
 
-def zero_k_bias(block: nn.Module) -> Tensor:
+def zero_k_bias(block: Block) -> Tensor:
     return torch.zeros_like(block.attn.q_bias)  # (C,)
 
 
 def code_hits(network: VQVAE) -> Tensor:
     """Those of the file that the network came from; zeros, as in a new one, without a file."""
-    hits, codes = carried(network).code_hits, network.quantizer.codebooks[0].weight
+    hits = carried(network).code_hits
+    codes = network.get_parameter("quantizer.codebooks.0.weight")
     if hits is None:
         return codes.new_zeros(network.schedule.num_scales, len(codes))
     return hits.to(codes.device)
@@ -144,16 +146,17 @@ def _walk(module: nn.Module, table: dict[str, Any], prefix: str = "") -> Iterato
 
 
 def _find(module: nn.Module, path: str) -> nn.Module | Tensor | None:
+    found: Any = module
     for part in path.split("."):
-        module = getattr(module, part, None)
-    return module
+        found = getattr(found, part, None)
+    return found
 
 
 def _phi_row(network: VQVAE) -> str:
     """The row of `PHIS` that the network came with, or else the one that its number suggests."""
     num_phi, num_scales = len(network.quantizer.phis), network.schedule.num_scales
-    if carried(network).phis:
-        return carried(network).phis
+    if phis := carried(network).phis:
+        return phis
     if num_phi == 1:
         return PHI_FOR_ALL
     return PHI_FOR_EACH if num_phi == num_scales and num_phi != 4 else PHI_GROUPS

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,14 @@ from var_exp.tokenizer import VQVAE, Codebook
 from var_exp.transformer import VAR
 from var_exp.transformer.block import MLP, AdaLNHead
 
+File = TypeVar("File", bound=Path | None)
 
-class OfficialFiles(NamedTuple):
+
+class OfficialFiles(NamedTuple, Generic[File]):
     """Paths of the files; None where no network was given."""
 
-    transformer: Path | None
-    tokenizer: Path | None
+    transformer: File
+    tokenizer: File
 
 
 def official_state_dict(network: VAR | VQVAE) -> dict[str, Tensor]:
@@ -46,7 +48,7 @@ def official_state_dict(network: VAR | VQVAE) -> dict[str, Tensor]:
 
 def save_official(
     folder: str | os.PathLike, transformer: VAR | None = None, tokenizer: VQVAE | None = None
-) -> OfficialFiles:
+) -> OfficialFiles[Path | None]:
     """Write networks for the authors' code, under names like those of the published files.
 
     Returns:
@@ -60,7 +62,7 @@ def save_official(
     states = [None if n is None else official_state_dict(n) for n in networks]
     paths = [None if n is None else Path(folder) / _file_name(n) for n in networks]
     for state, path in zip(states, paths, strict=True):
-        if state is not None:
+        if state is not None and path is not None:
             with atomic_write(path) as unfinished:
                 torch.save({name: tensor.cpu() for name, tensor in state.items()}, unfinished)
     return OfficialFiles(*paths)

@@ -39,6 +39,9 @@ class Shards(EncodedSource):
     options: those of `EncodedSource`
     """
 
+    root: str
+    train: "ShardImages"
+
     @checked
     def __init__(
         self,
@@ -49,7 +52,7 @@ class Shards(EncodedSource):
         **options,
     ):
         super().__init__(name, **options)
-        self.root = root
+        self.root = root  # type: ignore[assignment]  # `prepare` refuses None
         self.shuffle_buffer, self.num_streams = shuffle_buffer, num_streams
 
     def prepare(self) -> None:
@@ -85,8 +88,9 @@ class Shards(EncodedSource):
         if not len(val):
             parts = self.set_aside(index.rows["label"][train], self.root)
             train, val = (train[numbers] for numbers in parts)
-        return tuple(
-            ShardImages(self.root, index, part, self.channels, self.skips) for part in (train, val)
+        return (
+            ShardImages(self.root, index, train, self.channels, self.skips),
+            ShardImages(self.root, index, val, self.channels, self.skips),
         )
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
@@ -111,7 +115,7 @@ class ShardImages(EncodedImages):
         if zlib.crc32(data) != self.checksum[number]:
             raise ValueError(
                 f"the image '{self.name_of(number)}' is not the one that was indexed: its shard is "
-                "damaged, or was changed since (copy it anew; or data.on_bad_image=skip)"
+                "damaged, or was changed since (copy it again; or data.on_bad_image=skip)"
             )
         return decode(io.BytesIO(data), self.name_of(number), self.mode)
 

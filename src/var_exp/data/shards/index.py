@@ -30,6 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 from var_exp.data.image_folder import EXTENSIONS
+from var_exp.io import npz
 from var_exp.io.files import atomic_write
 
 INDEX, CLASSES = "index.npz", "classes.json"
@@ -91,7 +92,7 @@ def scan_shard(path: Path) -> Scanned:
             members = ((split_name(m.name), m) for m in tar if m.isfile())
             for key, sample in groupby(members, key=lambda item: item[0][0]):
                 image, label = read_sample(tar, key, {ext: m for (_, ext), m in sample})
-                data = tar.extractfile(image).read()
+                data = read_member(tar, image)
                 row = (image.offset_data, image.size, label, zlib.crc32(data))
                 for values, value in zip(found.values(), row, strict=True):
                     values.append(value)
@@ -102,10 +103,16 @@ def scan_shard(path: Path) -> Scanned:
     except (tarfile.TarError, ValueError) as error:
         raise ValueError(
             f"shard '{path}' is cut short, damaged, or holds no samples ({error}): make or copy "
-            "it anew"
+            "it again"
         ) from None
     rows = {name: np.array(values, dtype=ROW[name]) for name, values in found.items()}
     return Scanned(path.stat().st_size, rows)
+
+
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # as for all that is no file
+    return file.read()
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -126,9 +133,9 @@ def read_sample(
         )
     label = None
     if ".cls" in files:
-        label = tar.extractfile(files[".cls"]).read().decode()
+        label = read_member(tar, files[".cls"]).decode()
     elif ".json" in files:
-        about = json.load(tar.extractfile(files[".json"]))
+        about = json.loads(read_member(tar, files[".json"]))
         label = about.get("label", about.get("cls")) if isinstance(about, dict) else None
     if label is None:
         return images[0], NO_LABEL
@@ -186,7 +193,7 @@ def write_index(root: Path, index: ShardIndex) -> None:
     about = {"format": FORMAT, **{k: v for k, v in index._asdict().items() if k != "rows"}}
     text = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
     with atomic_write(root / INDEX) as unfinished:
-        np.savez(unfinished, about=text, **index.rows)
+        npz.write(unfinished, {"about": text, **index.rows})
 
 
 def read_index(root: Path) -> ShardIndex:
@@ -202,21 +209,21 @@ def read_index(root: Path) -> ShardIndex:
         with np.load(path, allow_pickle=False) as stored:
             about = json.loads(stored["about"].tobytes())
             rows = {name: stored[name] for name in ROW}
-        index = ShardIndex(
-            *(tuple(about[name]) for name in ("shards", "sizes", "class_names")), rows
-        )
+        parts = (tuple(about[name]) for name in ("shards", "sizes", "class_names"))
+        shards, sizes, class_names = parts
+        index = ShardIndex(shards, sizes, class_names, rows)
         whole = about["format"] == FORMAT and len({len(row) for row in rows.values()}) == 1
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"'{path}' is damaged ({reason}): {remedy} writes it anew") from None
+        raise ValueError(f"'{path}' is damaged ({reason}): {remedy} writes it again") from None
     if not whole:
-        raise ValueError(f"'{path}' is of another format: {remedy} writes it anew")
+        raise ValueError(f"'{path}' is of another format: {remedy} writes it again")
     for shard, size in zip(index.shards, index.sizes, strict=True):
         there = root / shard
         found = there.stat().st_size if there.is_file() else None
         if found != size:
             raise ValueError(
                 f"shard '{there}' {'is missing' if found is None else f'has {found:,} bytes'}, "
-                f"expected {size:,}: copy it anew, or, if it was changed on purpose, {remedy}"
+                f"expected {size:,}: copy it again, or, if it was changed on purpose, {remedy}"
             )
     return index

@@ -62,7 +62,8 @@ def plan(source: ImageFolder, out: Path, max_bytes: int, seed: int) -> list[Shar
     """
     # Archives end with two empty blocks and are filled up to whole records.
     room = max_bytes // tarfile.RECORDSIZE * tarfile.RECORDSIZE - 2 * tarfile.BLOCKSIZE
-    jobs, taken = [], set()
+    jobs: list[ShardJob] = []
+    taken: set[str] = set()
     for part in ("train", "val"):
         files = getattr(source, part)
         samples = list(samples_of(files, source.root, bool(source.class_names), taken))

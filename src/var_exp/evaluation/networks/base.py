@@ -10,6 +10,7 @@ Every network sees images of 8 bits, rounded by one rule, as if they were read f
     B batch, (C, H, W) an image, F features
 """
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ class FeatureNetwork(nn.Module):
         about: plain data on how it sees, which is written beside every figure.
     """
 
-    classify = None
+    classify: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, name: str, num_features: int, about: dict[str, Any] | None = None):
         super().__init__()
@@ -108,6 +109,9 @@ class FeatureBank(Metric):
     one has, still takes part.
     """
 
+    features: list[Tensor]
+    logits: list[Tensor]
+    ids: list[Tensor]
     full_state_update = False
     is_differentiable = False
 

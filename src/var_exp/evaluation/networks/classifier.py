@@ -11,13 +11,12 @@ strokes, and an Inception Score then says how evenly samples cover the clusters.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, cross_entropy
-from torch.utils.data import Dataset
 
 from var_exp.evaluation.networks.base import FeatureNetwork, Features
 from var_exp.io.files import atomic_write, read_tensors
@@ -51,6 +50,9 @@ class ClassifierFeatures(FeatureNetwork):
     accuracy: share of held-out images it gets right
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, image_size: tuple[int, int], channels: int, num_classes: int):
         factor = _shrink_factor(image_size)
         about = {
@@ -58,7 +60,7 @@ class ClassifierFeatures(FeatureNetwork):
             "resize": "none" if factor == 1 else f"means of {factor} x {factor} pixels",
         }
         super().__init__("classifier", NUM_FEATURES, about)
-        self.image_size, self.channels = tuple(image_size), channels
+        self.image_size, self.channels = (image_size[0], image_size[1]), channels
         self.learned("classes", 0.0)
         stride = max(1, min(image_size) // factor // 16)
         self.trunk = nn.Sequential(
@@ -103,6 +105,10 @@ class ClassifierFeatures(FeatureNetwork):
         hidden = self.trunk(2 * shrunk - 1)  #           (B, F)
         features = (hidden - self.mean) / self.std
         return Features(features, self.head(hidden))  #  (B, F), (B, num_classes)
+
+    def logits(self, shrunk: Tensor) -> Tensor:
+        """Those of `see`, (B, num_classes)."""
+        return self.head(self.trunk(2 * shrunk - 1))
 
 
 def _conv_block(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
@@ -151,7 +157,7 @@ def _load(path: Path, source, seed: int) -> ClassifierFeatures:
         about, weights = saved["about"], saved["state_dict"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"evaluation: {path} is not a classifier of var-exp; delete it and it is trained anew"
+            f"evaluation: {path} is not a classifier of var-exp; delete it and it is trained again"
         ) from error
     for key, expected in _describe(source, seed).items():
         if about.get(key) != expected:
@@ -196,13 +202,13 @@ def train_classifier(source, seed: int = 0) -> ClassifierFeatures:
         _fit(network, train)
     network.requires_grad_(False).eval()
     _standardise(network, train.pixels)
-    predicted = torch.cat([network.see(x).logits.argmax(dim=1) for x in _batches(val.pixels)])
+    predicted = torch.cat([network.logits(x).argmax(dim=1) for x in _batches(val.pixels)])
     accuracy = (predicted == val.labels).double().mean().item()
     network.learned("classes" if source.num_classes else "clusters", accuracy)
     return network
 
 
-def _read(source, dataset: Dataset, limit: int) -> LabelledImages:
+def _read(source, dataset: Any, limit: int) -> LabelledImages:
     """At most `limit` images, drawn evenly."""
     chosen = torch.randperm(len(dataset))[:limit].sort().values.tolist()
     factor = _shrink_factor(source.image_size)
@@ -236,7 +242,7 @@ def _fit(network: ClassifierFeatures, train: LabelledImages) -> None:
         chosen = torch.randint(len(train.labels), (BATCH_SIZE,))
         move = torch.randint(-1, 2, (2,)).tolist()
         moved = _to_float(train.pixels[chosen].roll(move, dims=(2, 3)))
-        loss = cross_entropy(network.see(moved).logits, train.labels[chosen])
+        loss = cross_entropy(network.logits(moved), train.labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

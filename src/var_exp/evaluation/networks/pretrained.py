@@ -176,7 +176,7 @@ class _DinoV2(FeatureExtractorDinoV2):
         self.model = model
 
 
-def _dinov2_without_weights(published: Published, folder: Path | None, entry: str) -> nn.Module:
+def _dinov2_without_weights(published: Published, folder: Path | None, entry: str) -> Any:
     code = (folder or Path(torch.hub.get_dir())) / "facebookresearch_dinov2_main"
     if folder is not None and not code.is_dir():
         raise _lacks_code(published, code, "is missing")

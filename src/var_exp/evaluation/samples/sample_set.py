@@ -183,8 +183,8 @@ class SampleSet(SampleFolder):
 
         Images are rounded to 8 bits before scores see them, as they are in files.
         """
-        samples = sampler.sample_batch(batch.ids) if batch.draw else Samples(None, [])
-        if batch.draw:
+        samples = sampler.sample_batch(batch.ids) if batch.draw else None
+        if samples is not None:
             pixels = to_uint8(samples.images).permute(0, 2, 3, 1).cpu().numpy()  # (n, H, W, C)
         else:
             pixels = self.pixels(batch.ids)
@@ -192,17 +192,16 @@ class SampleSet(SampleFolder):
             left = [i for i in batch.ids if not self.png(i).exists()]
             in_threads(lambda i: save_png(pixels[i - batch.start], self.png(i)), left)
         arrays = {"pixels": pixels} if "pixels" in batch.arrays else {}
-        if "features" in batch.arrays:
+        if "features" in batch.arrays and scorer is not None:
             rounded = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
             per_scale = batch.start < self.num_per_scale
             labels = torch.tensor(sampler.labels(batch.ids))
+            drawn = Samples(rounded, [] if samples is None else samples.indices)
             with sampler.autocast():
-                features = scorer.extract_features(
-                    sampler.tokenizer, Samples(rounded, samples.indices), labels, per_scale
-                )
+                features = scorer.extract_features(sampler.tokenizer, drawn, labels, per_scale)
             arrays |= {name: tensor.numpy() for name, tensor in features.items()}
         if arrays:
-            self.parts.write(batch.name, lambda path: np.savez(path, **arrays))
+            self.parts.write(batch.name, lambda path: npz.write(path, arrays))
 
     # -- the whole ------------------------------------------------------------------------
 

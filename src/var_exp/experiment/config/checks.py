@@ -51,8 +51,8 @@ def check_tokens(cfg: DictConfig) -> None:
     corrupt = cfg.model.var.get("self_correction_prob", 0)
     if "tokens" in cfg.stages and corrupt > 0:
         raise ValueError(
-            f"tokens: model.var.self_correction_prob={corrupt} chooses codes anew, which takes the "
-            f"images; set it to 0, or leave tokens out of stages, now {list(cfg.stages)}"
+            f"tokens: model.var.self_correction_prob={corrupt} chooses codes again, which takes "
+            f"the images; set it to 0, or leave tokens out of stages, now {list(cfg.stages)}"
         )
 
 

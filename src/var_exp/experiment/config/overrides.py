@@ -13,7 +13,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+
+from var_exp.experiment.config.plain import plain
 
 CONF = Path(__file__).resolve().parents[4] / "conf"
 
@@ -120,7 +121,7 @@ def check_groups(arguments: list[str]) -> None:
         if kind is not ValueType.ELEMENT or isinstance(override.value(), str | list | dict):
             continue
         names = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
-        text = override.input_line
+        text = override.input_line or ""
         sys.exit(f"error: {group}: expected one of {names}, got {text.partition('=')[2]}")
 
 
@@ -138,7 +139,7 @@ def nearest_keys(config_name: str, arguments: list[str]) -> list[str]:
             config = compose(config_name, overrides=choices)
         except Exception:  # a choice that does not exist, or no name at all: Hydra tells of it
             config = compose(config_name)
-    known = groups | set(_flatten(OmegaConf.to_container(config, resolve=False)))
+    known = groups | set(_flatten(plain(config, resolve=False)))
     hints = []
     for argument in arguments:
         key, equals, value = argument.partition("=")

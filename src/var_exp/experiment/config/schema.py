@@ -60,7 +60,7 @@ class Scores:
     seed: Annotated[int, Ge(0), Lt(2**32)] = doc("Of splits and subsets.")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Evaluation:
     """How reconstructions and samples are scored."""
 
@@ -108,7 +108,7 @@ class Tokens:
     batch_size: BatchSize = doc("Images that a device encodes at once.")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainConfig:
     """What `train.py` reads."""
 
@@ -139,7 +139,7 @@ class TrainConfig:
     evaluation: Evaluation
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SampleConfig(Sampling):
     """What `sample.py` reads."""
 

@@ -18,12 +18,13 @@ from typing import Annotated, Any, Literal, Union
 
 from annotated_types import Ge, Lt
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import PlainValidator, Strict
 from pydantic.errors import PydanticUserError
 
 from var_exp.configurable import check_value
+from var_exp.experiment.config.plain import plain
 from var_exp.experiment.config.schema import SampleConfig, TrainConfig
 
 TARGET = "_target_"
@@ -37,10 +38,9 @@ def check_types(cfg: DictConfig) -> None:
         ValueError: a value of another type or outside its range, a key or argument that nobody
             takes, one that is missing, or a `_target_` that does not exist.
     """
-    ours = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-    written = OmegaConf.to_container(ours, resolve=False)
+    written = plain(cfg, resolve=False)
     try:
-        tree = OmegaConf.to_container(ours, resolve=True)
+        tree = plain(cfg)
     except OmegaConfBaseException as error:
         if key := key_of_missing(written, error):
             raise ValueError(f"{key}: {str(error).splitlines()[0]}") from None
@@ -195,15 +195,15 @@ def of_yaml(hint: Any) -> Any:
         return Annotated[Any, PlainValidator(functools.partial(check_gives, kind))]
     inner = tuple(map(of_yaml, (one for one in inner if one is not Ellipsis)))
     if issubclass(kind, Mapping):
-        return dict[Any, inner[1]] if len(inner) == 2 else dict
+        return types.GenericAlias(dict, (Any, inner[1])) if len(inner) == 2 else dict
     if kind is tuple and len(inner) > 1:
-        return Annotated[tuple[inner], Strict(False)]
-    return list[inner or Any] if issubclass(kind, Iterable) else Any
+        return Annotated[types.GenericAlias(tuple, inner), Strict(False)]
+    return types.GenericAlias(list, inner or Any) if issubclass(kind, Iterable) else Any
 
 
 def check_gives(kind: type, value: Any) -> Any:
     """Raise ValueError unless a value is a part that becomes an object of a class."""
-    target = None
+    target: Any = None
     if is_part := isinstance(value, dict) and TARGET in value:
         try:
             target = located(value, "")

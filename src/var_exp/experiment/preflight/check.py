@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from var_exp.data import ImageSource
 from var_exp.data.workers import number_of_workers
 from var_exp.experiment import build
 from var_exp.experiment.config.checks import CHOICES
+from var_exp.experiment.config.plain import plain
 from var_exp.experiment.preflight.images import ImageScan, balance_of, look
 from var_exp.experiment.preflight.report import Findings, balance_row, looked_row
 from var_exp.experiment.preflight.resources import (
@@ -51,7 +52,7 @@ def preflight(cfg: DictConfig, run: Run) -> int:
         found.attempt(run.check_changes)
         files = build.parts_from_files(cfg)
         failed = {key for key, make in files.items() if found.attempt(make) is None}
-        devices = find_devices(OmegaConf.to_container(cfg.trainer, resolve=True), found)
+        devices = find_devices(plain(cfg.trainer), found)
         source = find_source(cfg, found)
         if source is not None:
             needs = check_stages(cfg, run, source, devices, failed, found)

@@ -56,7 +56,7 @@ def balance_of(dataset: Dataset, class_names: Sequence[str]) -> Balance | None:
     return Balance(
         (class_names[low], int(counts[low])),
         (class_names[high], int(counts[high])),
-        [class_names[i] for i in np.flatnonzero(counts == 0)],
+        [class_names[i] for i in np.flatnonzero(counts == 0).tolist()],
     )
 
 

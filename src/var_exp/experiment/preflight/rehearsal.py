@@ -211,7 +211,8 @@ def stand_alone(module: StageModule, backward: Callable[[Tensor], None]) -> None
     """Give a module what it asks of Lightning in a training step, but for logging and stepping."""
     optimizers = module.configure_optimizers()
     strategy = SimpleNamespace(reduce=lambda values, **_: values)
-    module.trainer = SimpleNamespace(optimizers=optimizers, strategy=strategy)
+    trainer: Any = SimpleNamespace(optimizers=optimizers, strategy=strategy)
+    module.trainer = trainer
 
     def step(optimizer: Optimizer, name: str = "") -> bool:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -27,7 +27,7 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(nearest(folder)).free
 
 
-def checkpoints_bytes(sizes: list[int]) -> int:
+def checkpoints_bytes(sizes: Sequence[int]) -> int:
     """Of all checkpoints that are on the disk at once, at most; sizes of one of each stage."""
     return KEPT * sum(sizes) + max(sizes, default=0)
 
@@ -222,10 +222,11 @@ def hidden_networks(module: nn.Module) -> list[nn.Module]:
 
 def cache_of(network: nn.Module, samples: int) -> int:
     """Bytes of the keys and values of samples, each with and without its class."""
-    if not hasattr(network, "make_cache"):
+    make_cache = getattr(network, "make_cache", None)
+    if make_cache is None:
         return 0
     with torch.device("meta"):
-        cache = network.make_cache(2 * samples)
+        cache = make_cache(2 * samples)
     return bytes_of([cache.keys, cache.values])
 
 

@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import optuna
 from optuna.storages import JournalStorage
@@ -38,6 +39,7 @@ from var_exp.io.lock import locked
 from var_exp.io.run_folder import read_metrics
 from var_exp.io.text import table
 
+Direction = Literal["minimize", "maximize"]
 Run = Callable[[Sequence[str], Path], int]  # overrides and run folder -> exit code
 
 
@@ -117,7 +119,9 @@ def train(overrides: Sequence[str], run_dir: Path) -> int:
 # -- the study ------------------------------------------------------------------------------
 
 
-def open_study(folder: Path, overrides: Sequence[str], direction: str, seed: int) -> optuna.Study:
+def open_study(
+    folder: Path, overrides: Sequence[str], direction: Direction, seed: int
+) -> optuna.Study:
     """The study in a folder, new or as it was left.
 
     Raises:
@@ -152,7 +156,7 @@ def summary(study: optuna.Study, options: Options, folder: Path) -> str:
             f"search: none of {len(study.get_trials())} trials in {str(folder)!r} reached "
             f"{options.objective}; they have said why; choose a new folder for another command"
         )
-    done.sort(key=lambda t: t.value, reverse=study.direction.name == "MAXIMIZE")
+    done.sort(key=lambda t: t.value or 0.0, reverse=study.direction.name == "MAXIMIZE")
     rows = {
         str(t.number): " ".join([f"{t.value:.4g}", *as_overrides(t), str(folder / str(t.number))])
         for t in done[:5]
@@ -170,7 +174,7 @@ def main(arguments: Sequence[str], run: Run = train) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the proposals")
     given = parser.parse_args(arguments)
     options = parse(given.overrides)
-    direction = "maximize" if given.maximize else "minimize"
+    direction: Direction = "maximize" if given.maximize else "minimize"
     with locked(given.folder, option="FOLDER"):
         study = open_study(given.folder, given.overrides, direction, given.seed)
         search(study, options, given.folder, given.trials, run)

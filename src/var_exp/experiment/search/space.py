@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
@@ -42,7 +42,7 @@ def parse(overrides: Sequence[str]) -> Options:
     except HydraException as error:
         raise ValueError(f"search: {' '.join(str(error).split())}") from None
     searched = [override for override in parsed if override.is_sweep_override()]
-    fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
+    fixed = [typed(override) for override in parsed if not override.is_sweep_override()]
     if not searched:
         raise ValueError(
             "search: nothing to search over; expected an override with several values, such as "
@@ -51,7 +51,7 @@ def parse(overrides: Sequence[str]) -> Options:
     times = Counter((override.key_or_group, override.package) for override in parsed)
     for override in searched:
         if times[override.key_or_group, override.package] > 1:
-            same = [o.input_line for o in parsed if o.key_or_group == override.key_or_group]
+            same = [typed(o) for o in parsed if o.key_or_group == override.key_or_group]
             raise ValueError(f"search: expected a key once, got {' and '.join(same)}; type one")
         if override.is_delete() or override.key_or_group in ("run_dir", "hydra/launcher"):
             raise ValueError(f"search: {override.input_line}: this cannot be searched over")
@@ -63,6 +63,11 @@ def parse(overrides: Sequence[str]) -> Options:
     return options
 
 
+def typed(override: Override) -> str:
+    """An override as it was typed."""
+    return override.input_line or ""
+
+
 def distribution(override: Override) -> BaseDistribution:
     """The values of an override, as Optuna takes them.
 
@@ -72,8 +77,8 @@ def distribution(override: Override) -> BaseDistribution:
     Raises:
         ValueError: they cannot be searched over.
     """
-    sweep, line = override.value(), override.input_line
-    tags = getattr(sweep, "tags", set())
+    sweep, line = override.value(), typed(override)
+    tags: set[str] = getattr(sweep, "tags", set())
     if tags - {"log"} or tags and not isinstance(sweep, IntervalSweep):
         raise ValueError(
             f"search: {line}: expected no tag but log, and only of an interval, got "
@@ -93,7 +98,8 @@ def distribution(override: Override) -> BaseDistribution:
 
 
 def interval(sweep: IntervalSweep, line: str) -> BaseDistribution:
-    low, high, log = sweep.start, sweep.end, "log" in sweep.tags
+    ends: tuple[Any, Any] = sweep.start, sweep.end  # never None, as their types have it
+    (low, high), log = ends, "log" in sweep.tags
     if not -math.inf < low < high < math.inf:
         raise ValueError(
             f"search: {line}: expected two numbers, the smaller one first, got {low} and {high}; "
@@ -109,8 +115,8 @@ def interval(sweep: IntervalSweep, line: str) -> BaseDistribution:
 
 
 def steps(override: Override, sweep: RangeSweep, line: str) -> BaseDistribution:
-    start, stop, step = sweep.start, sweep.stop, sweep.step
-    finite = all(map(math.isfinite, (start, stop, step)))
+    numbers: tuple[Any, Any, Any] = sweep.start, sweep.stop, sweep.step  # never None either
+    (start, stop, step), finite = numbers, all(map(math.isfinite, numbers))
     values = list(override.sweep_iterator()) if finite and step else []
     if not values:
         raise ValueError(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from var_exp.training.module import StageModule
+from var_exp.training.module import data_of, stage_of
 
 
 class BatchProgress(Callback):
@@ -24,7 +24,7 @@ class BatchProgress(Callback):
             its number. A run continues under the same plan only.
     """
 
-    def __init__(self, plan: dict[str, int | str]):
+    def __init__(self, plan: dict[str, Any]):
         self.plan, self.seed = plan, plan["seed"]
         self.batch = 0
         self.earlier_seconds, self.started = 0.0, time.monotonic()
@@ -40,23 +40,25 @@ class BatchProgress(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batch, self.earlier_seconds = state["batch"], state["seconds"]
 
-    def on_fit_start(self, trainer: L.Trainer, module: StageModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         # Runs before Lightning asks for the loader, and after it has restored this callback.
-        trainer.datamodule.start_batch = self.batch
-        module.batch = self.batch - 1  # of a validation that is made up for
+        data_of(trainer).start_batch = self.batch
+        stage_of(module).batch = self.batch - 1  # of a validation that is made up for
         self.started = time.monotonic()
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: StageModule, batch, i: int) -> None:
-        total = trainer.datamodule.num_batches
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch, i: int
+    ) -> None:
+        total = data_of(trainer).num_batches
         if self.batch + 1 == total:
             # Lightning validates every n batches only; the last one may be none of them.
             trainer.val_check_batch = 1
         words = np.random.SeedSequence([self.seed, self.batch, trainer.global_rank])
         torch.manual_seed(int(words.generate_state(1)[0]))
-        module.on_progress(self.batch, total)
+        stage_of(module).on_progress(self.batch, total)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: StageModule, outputs, batch, i: int
+        self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, i: int
     ) -> None:
         # Here and not in the module, whose hook runs after the checkpoint callbacks have saved.
         self.batch += 1

@@ -21,6 +21,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from var_exp.checkpoint.checkpoint import read_checkpoint, write_checkpoint
 from var_exp.distributed.collectives import all_reduce_max, common_batches
 from var_exp.distributed.signals import Interrupted, SignalHandler
+from var_exp.training.module import data_of, stage_of
 from var_exp.training.resume import BEST, LAST, PREVIOUS
 
 
@@ -117,7 +118,7 @@ class Checkpoints(Checkpoint):
         if not self.validation_due:
             return
         validate(trainer)
-        if batches_done(trainer) == trainer.datamodule.num_batches:
+        if batches_done(trainer) == data_of(trainer).num_batches:
             trainer.should_stop = True  # or Lightning would begin another epoch
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
@@ -129,14 +130,15 @@ class Checkpoints(Checkpoint):
 
     def note_due(self, trainer: L.Trainer) -> None:
         """To be called after a batch, before whatever may be interrupted."""
-        self.validation_due = batches_done(trainer) % trainer.val_check_batch == 0
+        every: Any = trainer.val_check_batch  # a number within `fit`
+        self.validation_due = batches_done(trainer) % every == 0
         self.loops = copy.deepcopy(trainer.fit_loop.state_dict()) if self.validation_due else {}
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int, *_
     ) -> None:
         # Some processes may have a batch more than others.
-        data = trainer.datamodule
+        data = data_of(trainer)
         common = common_batches(len(data.source.val), data.val_batch_size)
         if trainer.state.fn == "fit" and i < common:
             self.stop_if_requested(trainer)
@@ -168,16 +170,22 @@ class Checkpoints(Checkpoint):
             logger.save()  # what was logged up to here is not logged again
         trainer.save_checkpoint(self.folder / name)
         # Only the first process writes, and all must agree on what is the best.
-        failed = int(trainer.strategy.checkpoint_io.failed)
+        files: Any = trainer.strategy.checkpoint_io  # `ChecksummedFiles`
+        failed = int(files.failed)
         written = not all_reduce_max(failed, trainer.strategy.root_device)
         if written and name == BEST:
             for logger in trainer.loggers:
-                logger.after_save_checkpoint(self)
+                logger.after_save_checkpoint(self)  # type: ignore[arg-type]  # ours take any
         return written
 
 
 def batches_done(trainer: L.Trainer) -> int:
-    return trainer.lightning_module.batch + 1
+    return stage_of(trainer.lightning_module).batch + 1
+
+
+def checkpoints_of(trainer: L.Trainer) -> Checkpoints:
+    """The callback that `fit_stage` gives every trainer."""
+    return trainer.checkpoint_callback  # type: ignore[return-value]
 
 
 def validate(trainer: L.Trainer) -> None:
@@ -189,4 +197,4 @@ def validate(trainer: L.Trainer) -> None:
     trainer.training = True
 
 
-# -- beginning anew, or going on --------------------------------------------------------------
+# -- starting over, or resuming --------------------------------------------------------------

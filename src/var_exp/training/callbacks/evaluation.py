@@ -7,14 +7,16 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from pydantic import PositiveInt
-from torch import nn
 
 from var_exp.configurable import VocabSize, checked
 from var_exp.evaluation.evaluator import Evaluator
+from var_exp.tokenizer import VQVAE
+from var_exp.training.callbacks.checkpointing import checkpoints_of
 from var_exp.training.loggers.guarded import log_picture, log_scalars
-from var_exp.training.module import StageModule
+from var_exp.training.module import StageModule, data_of, stage_of
 from var_exp.training.tokenizer_module import TokenizerModule
 from var_exp.training.var_module import VARModule
+from var_exp.transformer import VAR
 
 
 class EvaluationCallback(Callback):
@@ -53,16 +55,16 @@ class EvaluationCallback(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.evaluated_at = state["evaluated_at"]
 
-    def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
-        self.evaluate_at_interval(trainer, module)  # one that was left over
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.evaluate_at_interval(trainer, stage_of(module))  # one that was left over
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: StageModule, *_) -> None:
-        trainer.checkpoint_callback.note_due(trainer)
-        self.evaluate_at_interval(trainer, module)
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+        checkpoints_of(trainer).note_due(trainer)
+        self.evaluate_at_interval(trainer, stage_of(module))
 
-    def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and self.interval(trainer) is None:
-            self.evaluate_once(trainer, module)
+            self.evaluate_once(trainer, stage_of(module))
 
     def evaluate_at_interval(self, trainer: L.Trainer, module: StageModule) -> None:
         interval = self.interval(trainer)
@@ -75,7 +77,7 @@ class EvaluationCallback(Callback):
             return
 
         def stop_if_requested() -> None:
-            trainer.checkpoint_callback.stop_if_requested(trainer)
+            checkpoints_of(trainer).stop_if_requested(trainer)
 
         stop_if_requested()  # pictures do not look at signals
         self.evaluator.on_batch = stop_if_requested
@@ -88,10 +90,11 @@ class EvaluationCallback(Callback):
         """In batches."""
         if self.every_n_epochs is None:
             return self.every_n_batches
-        data = trainer.datamodule
+        data = data_of(trainer)
         return self.every_n_epochs * math.ceil(len(data.source.train) / data.batch_size)
 
-    def evaluate(self, trainer: L.Trainer, module: StageModule) -> None:
+    def evaluate(self, trainer: L.Trainer, module: Any) -> None:
+        """With the module of the stage that a subclass is for."""
         raise NotImplementedError
 
 
@@ -117,7 +120,7 @@ def step(trainer: L.Trainer) -> int:
 
     Not `global_step`, which counts the steps of two optimizers.
     """
-    return trainer.lightning_module.batch
+    return stage_of(trainer.lightning_module).batch
 
 
 class ReconstructionPictures(EvaluationCallback):
@@ -174,26 +177,30 @@ class Scores(EvaluationCallback):
         self.num_images, self.both_weights = num_images, both_weights
 
     def evaluate(self, trainer: L.Trainer, module: StageModule) -> None:
-        figures = {}  # of both, or an interruption between them would log the first ones twice
+        figures: dict[
+            str, float
+        ] = {}  # of both, or an interruption between them would log the first ones twice
         for suffix, network in module.weight_variants.items():
             if suffix == "" or self.both_weights:
                 found = self.score(network, module)
                 figures |= {f"{name}{suffix}": value for name, value in found.items()}
         log_figures(trainer, figures)
 
-    def score(self, network: nn.Module, module: StageModule) -> dict[str, float]:
+    def score(self, network: Any, module: Any) -> dict[str, float]:
         raise NotImplementedError
 
 
 class SampleScores(Scores):
     """FID, Inception Score, KID, precision, recall and class accuracy of fresh samples."""
 
-    def score(self, network: nn.Module, module: VARModule) -> dict[str, float]:
+    num_images: int
+
+    def score(self, network: VAR, module: VARModule) -> dict[str, float]:
         return self.evaluator.score_samples(network, module.tokenizer, self.num_images)
 
 
 class ReconstructionScores(Scores):
     """The same of reconstructions, against the very images they are made of."""
 
-    def score(self, network: nn.Module, module: TokenizerModule) -> dict[str, float]:
+    def score(self, network: VQVAE, module: TokenizerModule) -> dict[str, float]:
         return self.evaluator.score_reconstructions(network, self.num_images)

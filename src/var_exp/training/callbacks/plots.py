@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from var_exp.report import write_report
 from var_exp.training.callbacks.evaluation import log_figures, step
 from var_exp.training.loggers.guarded import ReportOnce, log_picture
-from var_exp.training.module import StageModule
+from var_exp.training.module import StageModule, stage_of
 from var_exp.visualization.images import save_png
 from var_exp.visualization.panels import Band
 from var_exp.visualization.plots import curves, heat_maps
@@ -30,7 +30,7 @@ class History(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history = state["history"]
 
-    def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn != "fit":
             return
         batch = step(trainer) + 1
@@ -40,7 +40,7 @@ class History(Callback):
                 # One of this batch is of a validation that was cut off and is made up for.
                 points[:] = [point for point in points if point[0] != batch]
                 points.append((batch, value.item()))
-        self.draw(trainer, module)
+        self.draw(trainer, stage_of(module))
 
     def draw(self, trainer: L.Trainer, module: StageModule) -> None:
         raise NotImplementedError
@@ -95,7 +95,7 @@ class Report(Callback):
     def __init__(self) -> None:
         self.attempt = ReportOnce("report.html", "the page may not be of the last validation")
 
-    def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.save()  # the page reads what they wrote

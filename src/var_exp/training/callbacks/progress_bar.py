@@ -10,7 +10,7 @@ import time
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
-from var_exp.training.module import StageModule
+from var_exp.training.module import data_of, stage_of
 
 
 def progress_bar(stage: str) -> ProgressBar:
@@ -34,8 +34,8 @@ class TerminalBar(TQDMProgressBar):
         self.begin(trainer)
 
     def begin(self, trainer: L.Trainer) -> None:
-        self.train_progress_bar.reset(trainer.datamodule.num_batches)
-        self.train_progress_bar.initial = trainer.datamodule.start_batch
+        self.train_progress_bar.reset(data_of(trainer).num_batches)
+        self.train_progress_bar.initial = data_of(trainer).start_batch
         self.train_progress_bar.set_description(self.stage)
 
     def on_exception(self, trainer: L.Trainer, *_) -> None:
@@ -44,9 +44,11 @@ class TerminalBar(TQDMProgressBar):
             if bar is not None:
                 bar.close()
 
-    def get_metrics(self, trainer: L.Trainer, module: StageModule) -> dict[str, float]:
-        loss = module.figures.get("train/loss")
-        return {} if loss is None else {"loss": loss.item()}
+    def get_metrics(
+        self, trainer: L.Trainer, module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        loss = stage_of(module).figures.get("train/loss")
+        return {} if loss is None else {"loss": float(loss)}
 
 
 class PlainLines(ProgressBar):
@@ -67,16 +69,16 @@ class PlainLines(ProgressBar):
         print(*words, file=sys.stderr, flush=True)
 
     def on_train_start(self, trainer: L.Trainer, module) -> None:
-        self.started, self.first = time.monotonic(), trainer.datamodule.start_batch
+        self.started, self.first = time.monotonic(), data_of(trainer).start_batch
         self.done = self.first
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: StageModule, *_) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         self.done += 1
-        total = trainer.datamodule.num_batches
+        total = data_of(trainer).num_batches
         due = self.done % max(1, total // 10) == 0 or self.done == total
         if not self.is_enabled or not due:
             return
-        loss = module.figures["train/loss"].item()
+        loss = float(stage_of(module).figures["train/loss"])
         rate = (self.done - self.first) / (time.monotonic() - self.started)
         left = (total - self.done) / rate
         self.print(

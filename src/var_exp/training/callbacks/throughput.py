@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from var_exp.distributed.collectives import world_size
 from var_exp.ops.linear import ONEDNN_LINEAR, linear
 from var_exp.training.loggers.guarded import log_scalars
-from var_exp.training.module import StageModule
+from var_exp.training.module import StageModule, data_of, stage_of
 
 SMALLEST, LARGEST = 256, 8192  # sides of the matrices; the largest three take 0.8 GB in float32
 LONG_ENOUGH = 0.01  # seconds of a product, beside which starting and timing it weigh little
@@ -162,41 +162,43 @@ class ThroughputMonitor(Callback):
         if state["processes"] == world_size():
             self.flops = state["flops"]
 
-    def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.first, self.since = 0, 0.0  # the first batch in `hours_left`, and when it began
         self.reset()
         if trainer.is_global_zero:
             dtype = torch.bfloat16 if "bf16" in trainer.precision else torch.float32
             self.peak = peak_flops(module.device, dtype)
-            self.fetches = trainer.profiler = DataWaitProfiler(trainer.profiler)
+            # Lightning's connectors set the profiler.
+            self.fetches = DataWaitProfiler(trainer.profiler)  # type: ignore[attr-defined]
+            trainer.profiler = self.fetches  # type: ignore[attr-defined]
 
     def reset(self) -> None:
         """Begin the sums of an interval."""
         self.batches, self.busy, self.waited, self.work = 0, 0.0, 0.0, 0
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: StageModule, *_) -> None:
-        if trainer.is_global_zero and module.workload not in self.flops:
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+        if trainer.is_global_zero and stage_of(module).workload not in self.flops:
             self.counter = FlopCounter()
             self.counter.__enter__()
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: StageModule, *_) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         if not trainer.is_global_zero:
             return
-        now = time.perf_counter()
+        now, stage = time.perf_counter(), stage_of(module)
         if self.counter is not None:
-            self.flops[module.workload] = self.counter.flops
+            self.flops[stage.workload] = self.counter.flops
             self.stop_counting()
-        else:
+        elif self.fetches is not None:
             self.batches += 1
             self.busy += now - self.fetches.started
             self.waited += self.fetches.stopped - self.fetches.started
-            self.work += self.flops[module.workload]
+            self.work += self.flops[stage.workload]
         if not self.since:
-            self.first, self.since = module.batch + 1, now
-        if self.batches and module.is_logged:
-            metrics = self.metrics(trainer, module, now)
+            self.first, self.since = stage.batch + 1, now
+        if self.batches and stage.is_logged:
+            metrics = self.metrics(trainer, stage, now)
             named = {f"speed/{name}": value for name, value in metrics.items()}
-            log_scalars(trainer, named, module.batch)
+            log_scalars(trainer, named, stage.batch)
             self.reset()
 
     def stop_counting(self) -> None:
@@ -204,17 +206,18 @@ class ThroughputMonitor(Callback):
             self.counter.__exit__(None, None, None)
             self.counter = None
 
-    def on_train_end(self, trainer: L.Trainer, module: StageModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.fetches is not None:
-            trainer.profiler, self.fetches = self.fetches.profiler, None
+            trainer.profiler = self.fetches.profiler  # type: ignore[attr-defined]
+            self.fetches = None
 
-    def on_exception(self, trainer: L.Trainer, module: StageModule, *_) -> None:
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         self.stop_counting()
         self.on_train_end(trainer, module)
 
     def metrics(self, trainer: L.Trainer, module: StageModule, now: float) -> dict[str, float]:
         """Of the interval that ends now."""
-        data = trainer.datamodule
+        data = data_of(trainer)
         metrics = {
             "images_per_second": data.batch_size * self.batches / self.busy,
             "data_wait": self.waited / self.busy,

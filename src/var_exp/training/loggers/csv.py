@@ -80,6 +80,8 @@ class ContinuedCSVLogger(CSVLogger):
     counts. Pictures are `<save_dir>/<version>/pictures/<name>_<batches done>.png`.
     """
 
+    _experiment: MetricsFile | None  # type: ignore[assignment]  # in the place of Lightning's
+
     @property
     @rank_zero_experiment
     def experiment(self) -> MetricsFile:

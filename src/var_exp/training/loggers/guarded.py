@@ -29,7 +29,7 @@ def log_scalars(trainer: Trainer, scalars: Mapping[str, Tensor | float], step: i
 def log_picture(trainer: Trainer, key: str, picture: np.ndarray, step: int) -> None:
     """Give a uint8 (H, W, 3) array to every logger."""
     for logger in trainer.loggers:
-        logger.log_image(key, [picture], step=step)
+        logger.log_image(key, [picture], step=step)  # type: ignore[attr-defined]  # ours have it
 
 
 class ReportOnce:

@@ -110,7 +110,7 @@ class ContinuedWandbLogger(WandbLogger):
             self._open()
 
     def _open(self) -> None:
-        WandbLogger.experiment.fget(self)
+        WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]  # it is a property
 
     # -- checkpoints ----------------------------------------------------------------------
 
