@@ -93,4 +93,5 @@ def workplace(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "latest").symlink_to(trained)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("var_exp.evaluation.networks.classifier.NUM_STEPS", 3)
     return tmp_path
