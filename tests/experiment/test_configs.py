@@ -1,6 +1,7 @@
 """Every YAML under conf/ composes into the programs' configurations, and what it describes can be
 built. The files are found, not listed: a new one is covered by being there."""
 
+import functools
 from pathlib import Path
 from unittest import mock
 
@@ -62,11 +63,10 @@ def source_of(cfg: DictConfig) -> ImageSource:
 
 def build_networks(cfg: DictConfig) -> dict[str, StageModule]:
     """Tokenizer, transformer and the modules of both stages, as train.py makes them."""
-    draws = ("trunc_normal_", "kaiming_uniform_")
-    no_draws = mock.patch.multiple(nn.init, **dict.fromkeys(draws, mock.DEFAULT))
-    with torch.device("meta"), no_draws:  # whatever their size
-        source = source_of(cfg)
-        tokenizer = build.tokenizer(cfg, source, Run(Path("nowhere"), cfg))
+    source = source_of(cfg)
+    on_meta = functools.partial(build.transformer, device="meta")  # whatever their size
+    with mock.patch.object(build, "transformer", on_meta), torch.device("meta"):
+        tokenizer = build.tokenizer(cfg, source, Run(Path("nowhere"), cfg), device="meta")
         return build.modules(cfg, source, tokenizer)
 
 
