@@ -48,9 +48,10 @@ def linear_layer(x, weight, *_, out_shape=None, **__) -> int:
 
 
 # What CPUs compute by operators that torch's own table leaves out.
-FORMULAS: dict[Any, Callable[..., int]] = dict(flop_counter.flop_registry)
-if ONEDNN_LINEAR is not None:
-    FORMULAS[ONEDNN_LINEAR] = flop_counter.shape_wrapper(linear_layer)
+LAYERS = {} if ONEDNN_LINEAR is None else {ONEDNN_LINEAR: linear_layer}
+FORMULAS: dict[Any, Callable[..., int]] = flop_counter.flop_registry | {
+    operator: flop_counter.shape_wrapper(formula) for operator, formula in LAYERS.items()
+}
 attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 FORMULAS[attention] = flop_counter.sdpa_flop
