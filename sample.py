@@ -35,7 +35,6 @@ def sample(cfg: DictConfig, run: Run) -> None:
     rows = build.origin(found) | {build.EXPORTS[key]: folder for key, folder in exports.items()}
     if exports and cfg.num_samples == 0:
         build.export(pipeline, exports)
-        run.remove_if_empty()
         print(table("exported", rows))
         return
     sampler = build.sampler(cfg, found)

@@ -1,18 +1,15 @@
 """A few of the mutants of mutations.py, which runs thousands: refused in one line, or accepted."""
 
 import functools
-import os
 import shutil
-import signal
-import tempfile
-from pathlib import Path
 
 import pytest
 from tqdm import tqdm
 
 import mutations
+from helpers.falling import fall
 from helpers.mutant_files import prepare
-from mutations import SHARES, Outcome, trial
+from mutations import SHARES, trial
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +28,6 @@ def test_whatever_is_wrong_is_accepted_or_refused_in_one_line(kind, work, tmp_pa
     outcomes = [trial(work, 1, 0.0, (kind, number)) for number in range(count)]
     assert [outcome for outcome in outcomes if outcome.verdict == "defect"] == []
     assert "refused" in {outcome.verdict for outcome in outcomes}
-
-
-def fall(work, item):
-    """What a mutant does that ends its process: the one numbered 3."""
-    kind, number = item
-    place = Path(tempfile.mkdtemp(dir=work, prefix=f"{mutations.BEGUN}{kind}-{number}-"))
-    if number == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    place.rmdir()
-    return Outcome(number, kind, "", "accepted", "")
 
 
 @pytest.mark.parametrize("between", [2, 5])

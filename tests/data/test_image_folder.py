@@ -121,13 +121,16 @@ def test_a_root_that_is_no_folder_is_named(root):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"val_fraction": 0}, "val_fraction is 0"),
-        ({"val_fraction": 1.0}, "val_fraction is 1.0"),
-        ({"on_bad_image": "ignore"}, "on_bad_image is 'ignore', expected one of raise, skip"),
+        ({"val_fraction": 0}, "val_fraction: expected a number > 0, got 0"),
+        ({"val_fraction": 1.0}, "val_fraction: expected a number < 1, got 1.0"),
+        (
+            {"on_bad_image": "ignore"},
+            "on_bad_image is 'ignore', expected one of raise, skip .*data",
+        ),
     ],
 )
 def test_a_wrong_option_names_its_value_and_its_key(changes, words):
-    with pytest.raises(ValueError, match=f"{words}.*data.{next(iter(changes))}"):
+    with pytest.raises(ValueError, match=words):
         ImageFolder("any", **changes)
 
 

@@ -178,7 +178,7 @@ def reference(digits, tmp_path):
 
 
 def test_a_portable_folder_is_scored_against_images_in_a_file(pair, trained, reference, tmp_path):
-    network = "evaluation.network._target_=sample_sets.means"
+    network = "evaluation.network._target_=helpers.sample_sets.means"
     options = [network, f"evaluation.reference={reference}", *SCORED]
     done = run("sample", f"ckpt={pair}", f"out_dir={tmp_path}/out", *options)
     assert done.code == 0 and "fid_means" in done.out, done.err

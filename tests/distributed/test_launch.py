@@ -147,7 +147,7 @@ def test_a_batch_that_processes_cannot_share_is_refused_before_training(trainer,
     done = command("train", f"trainer={trainer}", *here, *lengths, f"run_dir={tmp_path / 'run'}")
     (line,) = done.errors
     assert "model.var: the global batch of 16 images does not divide by 6 processes" in line
-    assert "3 devices x 2 machines" in line and done.code == 1
+    assert "set model.var.batch_size to 12 or 18" in line and done.code == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -183,7 +183,7 @@ def test_every_option_of_the_transformers_training_is_one_override(tmp_path):
         "{_target_:var_exp.training.progressive.ProgressiveScales,first:1,until:0.5}",
         *("model.var.label_smoothing=0.1", "model.var.scale_weights=[4,3,2,1]"),
         *("stages=[tokenizer,var]", "model.var.self_correction_prob=0.2"),  # which takes images
-        *("model.var.micro_batch_size=8", "model.var.recompute=0.5"),
+        *("model.var.micro_batch_size=8", "model.var.activation_checkpointing=0.5"),
         *("model.var.attention=per_scale", "model.var.optimizer.fused=false"),
         *("model.var.final_weight_decay=0.08", "transformer.rope=true"),
         *("transformer.mlp=swiglu", "transformer.norm=rms", "model.var.weights=raw"),

@@ -59,7 +59,7 @@ def test_what_decides_on_no_weight_is_told(key, value):
         ("model.var.lr", 0.1),
         ("transformer.dropout", 0.1),  # that was null
         ("trainer.gradient_clip_val", 1),  # that was not there
-        ("model.var", {"weight": 2}),
+        ("model.var.schedule", {"weight": 2}),
     ],
 )
 def test_what_decides_on_the_weights_is_refused_by_name(key, value):

@@ -162,7 +162,7 @@ def test_raw_weights_are_not_the_averaged_ones(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given, told", [("graphs", "CUDA graphs need a CUDA device, got cpu"), ("maybe", "got maybe")]
+    "given, told", [("graphs", "CUDA graphs need a CUDA device, got cpu"), ("maybe", "got 'maybe'")]
 )
 def test_a_way_to_compile_that_there_is_not_is_refused_before_anything_is_written(
     trained, tmp_path, given, told

@@ -263,11 +263,13 @@ def tokens(draw: random.Random, place: Path, work: Path) -> Mutant:
         what = other_rows(path, draw)
     else:
         what = spoil(path, draw)
+    names = [path.name, "holds other codes"]
     if draw.random() < 0.3:
         (folder / "tokens.json").unlink()
+        names.append("tokens.json")
         what += ", without record"
     feed = unsmuggled(lambda: mend(TokenCache(folder, key), work))
-    return Mutant(f"{path.name}: {what}", feed, (path.name, "holds other codes"), place)
+    return Mutant(f"{path.name}: {what}", feed, tuple(names), place)
 
 
 def other_rows(path: Path, draw: random.Random) -> str:

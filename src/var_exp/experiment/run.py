@@ -104,9 +104,12 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Hold the folder against other runs, in the main process."""
         option = "run_dir=..." if "run_dir" in self.cfg else "out_dir=..."
-        with locked(self.path, option) if is_main_process() else nullcontext():
-            clear_stop_marker(self.path)
-            yield
+        try:
+            with locked(self.path, option) if is_main_process() else nullcontext():
+                clear_stop_marker(self.path)
+                yield
+        finally:
+            self.remove_if_empty()
 
     def remove_if_empty(self) -> None:
         """Delete the folder that Hydra made for this start, and its parent, if they are empty."""
