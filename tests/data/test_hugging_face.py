@@ -1,7 +1,5 @@
 """Hugging Face sets, stored and streamed: exact continuation, labels, mistakes in one line."""
 
-import io
-
 import datasets
 import fsspec
 import numpy as np
@@ -18,13 +16,10 @@ from helpers.exact_loading import (
     loaders,
     pixels_and_labels,
 )
+from helpers.parquet_files import FEATURES, table, write_parquet
 from var_exp.data import parquet_images
 from var_exp.data.hugging_face import HuggingFace
 from var_exp.data.parquet_images import ParquetImages, read_row_groups
-
-FEATURES = datasets.Features(
-    image=datasets.Image(), label=datasets.ClassLabel(names=["ant", "bee", "cow"])
-)
 
 
 @pytest.fixture(autouse=True)
@@ -34,31 +29,6 @@ def _offline(tmp_path_factory, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     cache = tmp_path_factory.getbasetemp() / "hf_cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
-
-
-def table(first: int, count: int) -> datasets.Dataset:
-    """Images of noise, each unlike all others, with labels in turn."""
-    images, labels = [], []
-    for number in range(first, first + count):
-        pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-        held = io.BytesIO()
-        Image.fromarray(pixels).save(held, "png")
-        images.append({"bytes": held.getvalue(), "path": None})
-        labels.append(number % 3)
-    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=FEATURES)
-
-
-def write_parquet(root, parts: dict[str, int], rows_of_group: int = 4, change=lambda d: d):
-    """Parquet files of ten rows each, in small row groups."""
-    root.mkdir(parents=True, exist_ok=True)
-    first = 0
-    for split, count in parts.items():
-        for i in range(0, count, 10):
-            rows = change(table(first + i, min(10, count - i)))
-            path = root / f"{split}-{i // 10:05d}.parquet"
-            pq.write_table(rows.data.table, path, row_group_size=rows_of_group)
-        first += count
-    return root
 
 
 @pytest.fixture(scope="module")

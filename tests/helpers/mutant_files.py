@@ -21,10 +21,10 @@ from helpers.damage import DAMAGES
 from helpers.damage import spoil as damage
 from helpers.feature_networks import Projection
 from helpers.mutants import Mutant
+from helpers.parquet_files import write_parquet
 from helpers.published import tokenizer_state, transformer_state
-from tests.data.test_hugging_face import write_parquet
-from tests.evaluation.test_reference_file import SIZE as REFERENCE_SIZE
-from tests.evaluation.test_reference_file import images, of_ours, statistics
+from helpers.reference_files import SIZE as REFERENCE_SIZE
+from helpers.reference_files import images, of_ours, statistics
 from var_exp.checkpoint.checkpoint import read_checkpoint, write_checkpoint
 from var_exp.checkpoint.load import read_networks
 from var_exp.checkpoint.pipeline import VARPipeline
