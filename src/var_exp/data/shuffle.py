@@ -28,7 +28,7 @@ def block_order(
 
     Args:
         blocks: (N,) the block that each image lies in, counted from 0.
-        shuffle_buffer: images that are mixed with each other at a time. A set that is no larger is
+        shuffle_buffer: images that are mixed with each other at a time. A set that is not larger is
             shuffled as a whole.
         num_streams: pieces of the line that are read side by side.
     """

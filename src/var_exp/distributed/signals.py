@@ -125,7 +125,7 @@ def leave(stop: Interrupted, run_dir: Path | None = None, goes_on: str = RESUME_
         with contextlib.suppress(OSError):
             unfinished = run_dir / f"{STOP_MARKER}.{os.getpid()}"
             unfinished.write_text(f"{stop}\n")
-            unfinished.replace(run_dir / STOP_MARKER)  # whole, for whoever reads it meanwhile
+            unfinished.replace(run_dir / STOP_MARKER)  # in one step: other processes may read it
     if not is_main_process():
         sys.exit(0)
     lost = "" if stop.saved else "; what came after the last checkpoint could not be saved"

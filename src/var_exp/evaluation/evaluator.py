@@ -168,7 +168,7 @@ class Evaluator:
             if batch < common_batches(len(numbers), self.batch_size):
                 self.on_batch()
         found = {}
-        if len(numbers) > 1:  # of one image there is no distance
+        if len(numbers) > 1:  # FID needs at least two images
             name = "_".join(filter(None, (self.network.name, self.source.crop)))
             only = scores_against(reference, self.score_settings)
             found = scores(bank.compute(), reference, name, self.score_settings, only)

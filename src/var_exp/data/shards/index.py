@@ -111,7 +111,7 @@ def scan_shard(path: Path) -> Scanned:
 
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
-    assert file is not None  # as for all that is no file
+    assert file is not None  # like anything that is not a file
     return file.read()
 
 

@@ -122,7 +122,7 @@ class FeatureBank(Metric):
 
     @property
     def update_called(self) -> bool:
-        """An empty bank is no mistake, nothing that torchmetrics should warn of."""
+        """An empty bank is valid; torchmetrics should not warn about it."""
         return True
 
     # Tensors made in inference mode could not be synchronised out of it.
